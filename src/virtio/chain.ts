@@ -1,0 +1,190 @@
+/**
+ * A descriptor chain after validation: numbers, no views. Chains are pooled by head index, so one in flight is found again by
+ * its head, and popping allocates nothing. Pure; it must not know rings or devices.
+ *
+ * Segments [0, readableCount) are device-readable, the rest device-writable; each lies inside one memory region. Positions in
+ * the accessors are byte positions in the readable or the writable part: framing is the driver's business (virtio 1.3 §2.7.4.1).
+ */
+import type { GuestMemory, MemoryRegion } from './memory.ts'
+
+/** Segments that a chain has room for before its arrays grow. */
+const INITIAL_SEGMENTS = 4
+
+export class Chain {
+  /** Index of the first descriptor; identifies the chain while it is in flight. */
+  readonly head: number
+  /** Segments in all, and how many of them are device-readable. */
+  count = 0
+  readableCount = 0
+  /** Bytes in the device-readable and in the device-writable part. */
+  readable = 0
+  writable = 0
+  /** Popped and not yet used. */
+  inFlight = false
+  /** When it was popped, in the engine's microseconds. */
+  poppedAt = 0
+  /** The memory that the segments refer to. */
+  regions: readonly MemoryRegion[]
+  /** Per segment: index of its region, offset in that region, length in bytes. */
+  region: Uint16Array
+  offset: Float64Array
+  length: Uint32Array
+
+  constructor(head: number) {
+    this.head = head
+    this.regions = []
+    this.region = new Uint16Array(INITIAL_SEGMENTS)
+    this.offset = new Float64Array(INITIAL_SEGMENTS)
+    this.length = new Uint32Array(INITIAL_SEGMENTS)
+  }
+
+  /** Empties the chain for a new walk over `memory`. */
+  begin(memory: GuestMemory): void {
+    this.count = 0
+    this.readableCount = 0
+    this.readable = 0
+    this.writable = 0
+    this.regions = memory.regions
+  }
+
+  /**
+   * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false when part of it
+   * is outside `memory`. The caller adds readable buffers before writable ones.
+   */
+  append(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
+    let at = gpa
+    let left = length
+    while (left > 0) {
+      const index = memory.find(at)
+      if (index < 0) return false
+      const region = memory.regions[index]!
+      const take = Math.min(left, region.end - at)
+      const segment = this.count
+      if (segment === this.length.length) this.#grow()
+      this.region[segment] = index
+      this.offset[segment] = at - region.gpa
+      this.length[segment] = take
+      this.count = segment + 1
+      at += take
+      left -= take
+    }
+    if (writable) this.writable += length
+    else {
+      this.readable += length
+      this.readableCount = this.count
+    }
+    return true
+  }
+
+  #grow(): void {
+    const room = this.length.length * 2
+    const region = new Uint16Array(room)
+    const offset = new Float64Array(room)
+    const length = new Uint32Array(room)
+    region.set(this.region)
+    offset.set(this.offset)
+    length.set(this.length)
+    this.region = region
+    this.offset = offset
+    this.length = length
+  }
+
+  /** Byte `at` of the device-readable part. @throws RangeError beyond it */
+  readU8(at: number): number {
+    let position = at
+    for (let segment = 0; segment < this.readableCount; segment++) {
+      const length = this.length[segment]!
+      if (position < length) return this.regions[this.region[segment]!]!.bytes[this.offset[segment]! + position]!
+      position -= length
+    }
+    throw new RangeError(`read of byte ${at}, the chain has ${this.readable} device-readable bytes`)
+  }
+
+  /** Little-endian u16 at `at` of the device-readable part. @throws RangeError beyond it */
+  readU16(at: number): number {
+    return this.readU8(at) | (this.readU8(at + 1) << 8)
+  }
+
+  /** Little-endian u32 at `at` of the device-readable part. @throws RangeError beyond it */
+  readU32(at: number): number {
+    // The usual case, a header in one aligned descriptor, is one load.
+    if (this.readableCount > 0 && at + 4 <= this.length[0]!) {
+      const offset = this.offset[0]! + at
+      if (offset % 4 === 0) return this.regions[this.region[0]!]!.words[offset / 4]!
+    }
+    return (this.readU16(at) | (this.readU16(at + 2) << 16)) >>> 0
+  }
+
+  /** Little-endian u64 at `at` as a number. Beyond 2^53 it is rounded, but never to something below 2^53. @throws RangeError */
+  readU64(at: number): number {
+    return this.readU32(at) + this.readU32(at + 4) * 0x1_0000_0000
+  }
+
+  /** Sets byte `at` of the device-writable part. @throws RangeError beyond it */
+  writeU8(at: number, value: number): void {
+    // From the end: a status byte is the last one.
+    let end = this.writable
+    for (let segment = this.count - 1; segment >= this.readableCount; segment--) {
+      const start = end - this.length[segment]!
+      if (at >= start && at < end) {
+        this.regions[this.region[segment]!]!.bytes[this.offset[segment]! + at - start] = value
+        return
+      }
+      end = start
+    }
+    throw new RangeError(`write of byte ${at}, the chain has ${this.writable} device-writable bytes`)
+  }
+
+  /** Copies up to `length` bytes from `at` of the device-readable part into `target`. Returns how many there were. Allocates: not for the hot path. */
+  copyFrom(at: number, target: Uint8Array, targetAt: number, length: number): number {
+    return this.#copy(0, this.readableCount, at, target, targetAt, length, false)
+  }
+
+  /** Copies up to `length` bytes of `source` to `at` of the device-writable part. Returns how many fitted. Allocates: not for the hot path. */
+  copyTo(at: number, source: Uint8Array, sourceAt: number, length: number): number {
+    return this.#copy(this.readableCount, this.count, at, source, sourceAt, length, true)
+  }
+
+  /**
+   * Whether bytes [start, start + length) of the readable or writable part sit in memory such that every piece has an address that is a
+   * multiple of `addressAlign` and a length that is one of `lengthAlign` (powers of two): what O_DIRECT demands.
+   */
+  aligned(writable: boolean, start: number, length: number, addressAlign: number, lengthAlign: number): boolean {
+    const end = writable ? this.count : this.readableCount
+    let skip = start
+    let left = length
+    for (let segment = writable ? this.readableCount : 0; segment < end && left > 0; segment++) {
+      const size = this.length[segment]! - skip
+      if (size <= 0) {
+        skip -= this.length[segment]!
+        continue
+      }
+      const take = Math.min(size, left)
+      const address = this.regions[this.region[segment]!]!.hva + this.offset[segment]! + skip
+      if (address % addressAlign !== 0 || take % lengthAlign !== 0) return false
+      left -= take
+      skip = 0
+    }
+    return true
+  }
+
+  #copy(first: number, end: number, at: number, other: Uint8Array, otherAt: number, length: number, toGuest: boolean): number {
+    let skip = at
+    let done = 0
+    for (let segment = first; segment < end && done < length; segment++) {
+      const size = this.length[segment]!
+      if (skip >= size) {
+        skip -= size
+        continue
+      }
+      const take = Math.min(size - skip, length - done)
+      const start = this.offset[segment]! + skip
+      const guest = this.regions[this.region[segment]!]!.bytes.subarray(start, start + take)
+      if (toGuest) guest.set(other.subarray(otherAt + done, otherAt + done + take))
+      else other.set(guest, otherAt + done)
+      done += take
+      skip = 0
+    }
+    return done
+  }
+}

@@ -1,0 +1,27 @@
+/** A driver broke the rules of its ring: that ring stops, nothing else (design.md "Rules that keep it honest"). */
+export class RingError extends Error {
+  override readonly name = 'RingError'
+  /** API: listed in the README. */
+  readonly code: RingErrorCode
+
+  constructor(code: RingErrorCode, message: string) {
+    super(message)
+    this.code = code
+  }
+}
+
+/** What can be wrong with a ring, and what it means. */
+export const RING_ERRORS = {
+  ERR_RING_INDEX: 'the driver made more chains available than the ring has entries',
+  ERR_RING_HEAD: 'an avail entry names a descriptor beyond the ring',
+  ERR_RING_HEAD_BUSY: 'a head was made available again before it was used',
+  ERR_RING_NEXT: 'a descriptor links beyond its table',
+  ERR_RING_LOOP: 'a chain has more descriptors than its table',
+  ERR_RING_ORDER: 'a device-readable descriptor follows a device-writable one',
+  ERR_RING_ADDRESS: 'a descriptor points outside guest memory',
+  ERR_RING_LENGTH: 'a chain has more than 2^32 - 1 bytes',
+  ERR_RING_INDIRECT: 'an indirect descriptor is malformed, nested, or was not negotiated',
+  ERR_RING_MEMORY: 'the memory that the ring lives in was removed or truncated'
+} as const
+
+export type RingErrorCode = keyof typeof RING_ERRORS
