@@ -1,0 +1,127 @@
+/**
+ * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's buffer
+ * becomes an address for the kernel.
+ */
+import type { Chain, DeviceIo, IoBuffer, IoFile } from '../device/index.ts'
+import { native, systemError } from '../native.ts'
+import { type IoRing, MAX_VECTORS } from './ring.ts'
+
+export class Io implements DeviceIo {
+  readonly #ring: IoRing
+  readonly #queue: number
+  readonly #tag: number
+  /** Operations with the kernel. */
+  outstanding = 0
+  // The range that #locate found: first segment, offset in it.
+  #segment = 0
+  #skip = 0
+
+  constructor(ring: IoRing, queue: number, tag: number) {
+    this.#ring = ring
+    this.#queue = queue << 16
+    this.#tag = tag
+  }
+
+  openFile(fd: number): IoFile {
+    return { fd, slot: this.#ring.openFile(fd) }
+  }
+
+  closeFile(file: IoFile): void {
+    this.#ring.closeFile(file.fd)
+  }
+
+  allocate(length: number): IoBuffer {
+    const mapping = native.allocate(length)
+    if (typeof mapping === 'number') throw systemError(mapping, 'mmap', `cannot allocate ${length} bytes`)
+    return { bytes: new Uint8Array(mapping.buffer), address: mapping.address }
+  }
+
+  read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void {
+    const count = this.#locate(chain, chain.readableCount, chain.count, start, length)
+    const user = this.#user(chain)
+    if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
+    else {
+      this.#vectors(chain, count, length)
+      this.#ring.readVector(file.fd, file.slot, offset, count, user, this.#tag)
+    }
+  }
+
+  write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
+    const count = this.#locate(chain, 0, chain.readableCount, start, length)
+    const user = this.#user(chain)
+    if (count === 1) this.#ring.write(file.fd, file.slot, offset, this.#address(chain), length, dsync, user, this.#tag)
+    else {
+      this.#vectors(chain, count, length)
+      this.#ring.writeVector(file.fd, file.slot, offset, count, dsync, user, this.#tag)
+    }
+  }
+
+  readBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number): void {
+    const address = bufferAddress(buffer, start, length)
+    this.#ring.read(file.fd, file.slot, offset, address, length, this.#user(chain), this.#tag)
+  }
+
+  writeBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number, dsync: boolean): void {
+    const address = bufferAddress(buffer, start, length)
+    this.#ring.write(file.fd, file.slot, offset, address, length, dsync, this.#user(chain), this.#tag)
+  }
+
+  fdatasync(chain: Chain, file: IoFile): void {
+    this.#ring.fdatasync(file.fd, file.slot, this.#user(chain), this.#tag)
+  }
+
+  fallocate(chain: Chain, file: IoFile, mode: number, offset: number, length: number): void {
+    this.#ring.fallocate(file.fd, file.slot, mode, offset, length, this.#user(chain), this.#tag)
+  }
+
+  #user(chain: Chain): number {
+    this.outstanding++
+    return this.#queue | chain.head
+  }
+
+  /** Finds where byte `start` of segments [first, end) is and how many segments `length` bytes from there touch (at most MAX_VECTORS: the rest is a short transfer). */
+  #locate(chain: Chain, first: number, end: number, start: number, length: number): number {
+    let segment = first
+    let skip = start
+    while (segment < end && skip >= chain.length[segment]!) {
+      skip -= chain.length[segment]!
+      segment++
+    }
+    this.#segment = segment
+    this.#skip = skip
+    let count = 0
+    let left = length + skip
+    while (left > 0 && count < MAX_VECTORS) {
+      if (segment >= end) throw new RangeError(`${length} bytes from ${start} are more than the chain has`)
+      left -= chain.length[segment]!
+      segment++
+      count++
+    }
+    return count
+  }
+
+  /** SAFETY: inside a segment that `Chain.append` checked against its region, which stays mapped while the chain is in flight. */
+  #address(chain: Chain): number {
+    const segment = this.#segment
+    return chain.regions[chain.region[segment]!]!.hva + chain.offset[segment]! + this.#skip
+  }
+
+  #vectors(chain: Chain, count: number, length: number): void {
+    const ring = this.#ring
+    ring.beginVectors(count)
+    let left = length
+    let skip = this.#skip
+    for (let segment = this.#segment, i = 0; i < count; segment++, i++) {
+      const size = Math.min(chain.length[segment]! - skip, left)
+      // SAFETY: as in #address; `size` stays inside the segment.
+      ring.vector(chain.regions[chain.region[segment]!]!.hva + chain.offset[segment]! + skip, size)
+      left -= size
+      skip = 0
+    }
+  }
+}
+
+function bufferAddress(buffer: IoBuffer, start: number, length: number): number {
+  if (start < 0 || length < 0 || start + length > buffer.bytes.length) throw new RangeError(`[${start}, +${length}) is outside the buffer`)
+  return buffer.address + start
+}

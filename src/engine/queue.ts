@@ -1,0 +1,283 @@
+/**
+ * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls, and stops.
+ * Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
+ */
+import type { Chain, QueueContext, QueueHandler } from '../device/index.ts'
+import { hasFeature } from '../virtio/features.ts'
+import { VIRTIO_F_RING_PACKED } from '../virtio/constants.ts'
+import type { GuestMemory } from '../virtio/memory.ts'
+import { SplitRing } from '../virtio/split-ring.ts'
+import type { Vring } from '../virtio/vring.ts'
+import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS, QueueCounters } from './counters.ts'
+import { Io } from './io.ts'
+import type { StartQueue } from './messages.ts'
+import { IORING_CQE_F_MORE, type IoRing } from './ring.ts'
+
+/** What a completion belongs to: the low byte of user_data's high word. */
+export const OP_DEVICE = 0
+export const OP_KICK = 1
+export const OP_CALL = 2
+export const OP_WAKE = 3
+export const OP_CANCEL = 4
+
+/** Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on the first results while we do the next. */
+const BATCH = 64
+
+/** What a queue needs of its iothread. */
+export interface QueueOwner {
+  readonly ring: IoRing
+  /** The clock of the current loop round, in microseconds. */
+  readonly now: number
+  /** SAFETY: address of eight bytes that hold 1 and live as long as the ring: what a call writes to an eventfd. */
+  readonly oneAddress: number
+  ringBroke(queue: Queue): void
+  deviceFailed(queue: Queue, error: unknown): void
+}
+
+export class Queue implements QueueContext {
+  readonly id: number
+  readonly session: number
+  readonly queueIndex: number
+  readonly queueSize: number
+  readonly features: bigint
+  readonly io: Io
+  readonly vring: Vring
+  /** Chains popped and not yet pushed. */
+  inFlight = 0
+  enabled: boolean
+  paused = false
+  stopping = false
+  /** The driver doesn't kick: the iothread must not sleep while this ring is served. */
+  kickless: boolean
+  readonly #owner: QueueOwner
+  readonly #counters: QueueCounters
+  readonly #generation: number
+  #handler: QueueHandler | undefined
+  #kickFd: number
+  #callFd: number
+  /** The multishot poll of the kick fd is in the ring. */
+  #kickArmed = false
+  #kickCancelled = false
+  /** A write to the call fd is in the ring: until it ends another one would say nothing new, unless `#callAgain`. */
+  #calling = false
+  #callAgain = false
+  /** The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a former back-end left there. */
+  #suppressed = true
+  #broken = false
+  /** The handler threw: it is called no more. */
+  #failed = false
+  /** Chains completed, and how many of them `publish` has seen. */
+  #completed = 0
+  #published = 0
+
+  constructor(owner: QueueOwner, start: StartQueue, memory: GuestMemory, generation: number) {
+    if (hasFeature(start.features, VIRTIO_F_RING_PACKED)) throw new Error('packed rings are not offered')
+    this.#owner = owner
+    this.#generation = generation
+    this.#counters = new QueueCounters(start.counters)
+    this.id = start.queue
+    this.session = start.session
+    this.queueIndex = start.index
+    this.queueSize = start.vring.size
+    this.features = start.features
+    this.enabled = start.enabled
+    this.#kickFd = start.kickFd
+    this.#callFd = start.callFd
+    this.kickless = start.kickFd < 0
+    this.vring = new SplitRing(memory, start.vring)
+    this.io = new Io(owner.ring, start.queue, OP_DEVICE)
+  }
+
+  /** Attaches the device's handler and begins to listen for kicks. */
+  begin(handler: QueueHandler): void {
+    this.#handler = handler
+    this.#armKick()
+  }
+
+  /** Chains may be popped. */
+  get active(): boolean {
+    return this.enabled && !this.paused && !this.stopping && !this.#broken
+  }
+
+  /** Nothing of this queue is with the kernel or the device. */
+  get atRest(): boolean {
+    return this.drained && !this.#calling && !(this.stopping && this.#kickArmed)
+  }
+
+  /** No chain is in flight; after a failure of the device, which may have lost chains, no I/O is. */
+  get drained(): boolean {
+    return this.#failed ? this.io.outstanding === 0 : this.inFlight === 0
+  }
+
+  /** The call fd is in use by the kernel. */
+  get calling(): boolean {
+    return this.#calling
+  }
+
+  /** Pops and handles up to a batch of chains. Returns how many. */
+  drain(): number {
+    const { vring } = this
+    const handler = this.#handler!
+    const now = this.#owner.now
+    const ring = this.#owner.ring
+    let count = 0
+    try {
+      while (count < BATCH && ring.inFlight < ring.capacity) {
+        const chain = vring.pop()
+        if (chain === undefined) break
+        chain.poppedAt = now
+        this.inFlight++
+        count++
+        handler.handle(chain)
+      }
+    } catch (error) {
+      this.#fail(error)
+    }
+    if (count > 0) {
+      this.#counters.add(CHAINS, count)
+      if (!this.#suppressed) {
+        this.#suppressed = true
+        vring.suppress()
+      }
+    }
+    if (vring.error !== undefined && !this.#broken) this.#break()
+    return count
+  }
+
+  complete(chain: Chain, written: number, operation: number, bytes: number): void {
+    if (!chain.inFlight) throw new Error(`chain ${chain.head} was completed twice`)
+    this.vring.push(chain, written)
+    this.inFlight--
+    this.#completed++
+    this.#counters.add(COMPLETED, 1)
+    this.#counters.request(operation, bytes, this.#owner.now - chain.poppedAt)
+  }
+
+  countError(kind: number): void {
+    this.#counters.error(kind)
+  }
+
+  /** Shows the driver what was completed and calls it if it wants that. */
+  publish(): void {
+    const completed = this.#completed
+    if (completed === this.#published) return
+    this.#published = completed
+    if (this.vring.publish()) this.call()
+    else this.#counters.add(CALLS_SUPPRESSED, 1)
+  }
+
+  /** Wakes the driver, in the next submission. */
+  call(): void {
+    if (this.#callFd < 0) return
+    if (this.#calling) {
+      this.#callAgain = true
+      return
+    }
+    this.#calling = true
+    this.#counters.add(CALLS, 1)
+    const owner = this.#owner
+    owner.ring.write(this.#callFd, -1, -1, owner.oneAddress, 8, false, this.id << 16, this.#tag(OP_CALL))
+  }
+
+  /** Before a sleep: asks for kicks. Returns true when chains are waiting already. */
+  rearm(): boolean {
+    if (!this.#suppressed) return this.vring.hasAvail()
+    this.#suppressed = false
+    return this.vring.rearm()
+  }
+
+  /** A completion of this queue arrived. */
+  completion(low: number, high: number, result: number, flags: number): void {
+    switch (high & 0xff) {
+      case OP_DEVICE:
+        this.io.outstanding--
+        if (this.#failed) return
+        try {
+          this.#handler!.completed(this.vring.chain(low & 0xffff), result)
+        } catch (error) {
+          this.#fail(error)
+        }
+        return
+      case OP_KICK:
+        if (high >>> 8 !== this.#generation) return
+        if ((flags & IORING_CQE_F_MORE) === 0) this.#kickEnded(result)
+        else this.#counters.add(KICKS, 1)
+        return
+      case OP_CALL:
+        if (high >>> 8 !== this.#generation) return
+        this.#calling = false
+        if (this.#callAgain) {
+          this.#callAgain = false
+          this.call()
+        }
+        return
+    }
+  }
+
+  setMemory(memory: GuestMemory): void {
+    this.vring.setMemory(memory)
+    if (this.vring.error !== undefined && !this.#broken) this.#break()
+  }
+
+  /** Uses another call fd. The caller has seen `atRest`. vhost-user wants one spurious call, since one may have gone to the old fd. */
+  setCall(fd: number): void {
+    this.#callFd = fd
+    this.call()
+  }
+
+  /** Stops popping for good; `atRest` tells when the rest is done. */
+  stop(): void {
+    this.stopping = true
+    this.#cancelKick()
+  }
+
+  /** Listens on another kick fd. */
+  setKick(fd: number): void {
+    this.#kickFd = fd
+    this.kickless = fd < 0
+    // The old poll has to end before the new one starts; #kickEnded goes on from there.
+    if (this.#kickArmed) this.#cancelKick()
+    else this.#armKick()
+  }
+
+  close(): void {
+    this.#handler?.close?.()
+  }
+
+  #armKick(): void {
+    if (this.#kickFd < 0 || this.stopping) return
+    this.#kickArmed = true
+    this.#kickCancelled = false
+    this.#owner.ring.pollAdd(this.#kickFd, this.id << 16, this.#tag(OP_KICK))
+  }
+
+  #cancelKick(): void {
+    if (!this.#kickArmed || this.#kickCancelled) return
+    this.#kickCancelled = true
+    this.#owner.ring.pollRemove(this.#kickFd, this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL))
+  }
+
+  #kickEnded(result: number): void {
+    this.#kickArmed = false
+    if (this.stopping) return
+    // A multishot poll also ends when the kernel ran out of memory for a completion: start it again. An error is the fd's.
+    if (result >= 0 || this.#kickCancelled) this.#armKick()
+    else this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${result})`))
+  }
+
+  #fail(error: unknown): void {
+    this.#broken = true
+    this.#failed = true
+    this.#owner.deviceFailed(this, error)
+  }
+
+  #break(): void {
+    this.#broken = true
+    this.#counters.add(BROKEN, 1)
+    this.#owner.ringBroke(this)
+  }
+
+  #tag(operation: number): number {
+    return (this.#generation << 8) | operation
+  }
+}

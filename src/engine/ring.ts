@@ -1,0 +1,306 @@
+/**
+ * The submission and completion rings of one iothread as typed arrays: entries are filled in TypeScript and `submit` makes the
+ * one native call of a batch. Whether an io_uring or its emulation by plain system calls is behind it shows only in `emulated`.
+ * It knows entries and completions, not queues or devices.
+ */
+import { type NativeRing, native, systemError } from '../native.ts'
+
+// linux/io_uring.h
+const IORING_OP_READV = 1
+const IORING_OP_WRITEV = 2
+const IORING_OP_FSYNC = 3
+const IORING_OP_POLL_ADD = 6
+const IORING_OP_POLL_REMOVE = 7
+const IORING_OP_FALLOCATE = 17
+const IORING_OP_READ = 22
+const IORING_OP_WRITE = 23
+const IOSQE_FIXED_FILE = 1
+const IORING_FSYNC_DATASYNC = 1
+const IORING_POLL_ADD_MULTI = 1
+const IORING_ENTER_GETEVENTS = 1
+const IORING_SQ_CQ_OVERFLOW = 2
+const IORING_SQ_TASKRUN = 4
+/** On a completion of a multishot poll: more will come. */
+export const IORING_CQE_F_MORE = 2
+
+const RWF_DSYNC = 2
+const POLLIN = 1
+
+const SQE_WORDS = 16
+const IOVEC_SIZE = 16
+/** Vectors of all entries of one submission. The kernel copies them at submission (IORING_FEAT_SUBMIT_STABLE), so the space is free after `submit`. */
+const VECTORS = 16384
+/** The most vectors that one readv or writev takes (IOV_MAX). */
+export const MAX_VECTORS = 1024
+
+const SUBMISSIONS = 1024
+/** Operations in flight are kept below this, so the completion ring never overflows. */
+const COMPLETIONS = 8192
+
+const EINTR = -4
+const EAGAIN = -11
+const EBUSY = -16
+const ETIME = -62
+
+/** Receives completions; a method call, not a closure, so that it stays monomorphic. */
+export interface CompletionSink {
+  /** @param low, high the two words of user_data */
+  completion(low: number, high: number, result: number, flags: number): void
+}
+
+export class IoRing {
+  readonly emulated: boolean
+  /** How many operations may be in flight at once. */
+  readonly capacity = COMPLETIONS - 256
+  /** Operations submitted or prepared whose last completion hasn't been reaped. */
+  inFlight = 0
+  /** Entries prepared since the last submission. */
+  pending = 0
+  readonly #ring: NativeRing
+  readonly #enter: () => number
+  readonly #control: Int32Array
+  readonly #sqes: Uint32Array
+  readonly #rings: Int32Array
+  readonly #cqes: Int32Array
+  readonly #sqTail: number
+  readonly #sqFlags: number
+  readonly #cqHead: number
+  readonly #cqTail: number
+  readonly #sqMask: number
+  readonly #cqMask: number
+  #tail: number
+  #head: number
+  readonly #vectors: Uint32Array
+  readonly #vectorsAddress: number
+  #vector = 0
+  // Fixed-file slots by fd, with a count of users.
+  readonly #slots = new Map<number, { slot: number; users: number }>()
+  readonly #freeSlots: number[] = []
+
+  /** @throws a system error when neither can be set up; `-ENOSYS`/`-EPERM` of io_uring itself means: try `emulate` */
+  constructor(emulate: boolean) {
+    const ring = native.ringSetup(SUBMISSIONS, COMPLETIONS, emulate)
+    if (typeof ring === 'number') throw systemError(ring, 'io_uring_setup', 'cannot set up io_uring')
+    const vectors = native.allocate(VECTORS * IOVEC_SIZE)
+    if (typeof vectors === 'number') throw systemError(vectors, 'mmap', 'cannot allocate I/O vectors')
+    this.#ring = ring
+    this.emulated = emulate
+    this.#enter = ring.enter
+    this.#control = new Int32Array(ring.control)
+    this.#sqes = new Uint32Array(ring.sqes)
+    this.#rings = new Int32Array(ring.rings, 0, Math.floor(ring.rings.byteLength / 4))
+    this.#cqes = new Int32Array(ring.rings, ring.cqes, ring.cqEntries * 4)
+    this.#sqTail = ring.sqTail / 4
+    this.#sqFlags = ring.sqFlags / 4
+    this.#cqHead = ring.cqHead / 4
+    this.#cqTail = ring.cqTail / 4
+    this.#sqMask = ring.sqEntries - 1
+    this.#cqMask = ring.cqEntries - 1
+    this.#tail = this.#rings[this.#sqTail]!
+    this.#head = this.#rings[this.#cqHead]!
+    this.#vectors = new Uint32Array(vectors.buffer)
+    this.#vectorsAddress = vectors.address
+    if (!emulate) for (let slot = 63; slot >= 0; slot--) this.#freeSlots.push(slot)
+  }
+
+  get fd(): number {
+    return this.#ring.fd
+  }
+
+  /** The slot of `fd` in the fixed-file table (saves the kernel a look-up per request), or -1. Balance with `closeFile`. */
+  openFile(fd: number): number {
+    const known = this.#slots.get(fd)
+    if (known !== undefined) {
+      known.users++
+      return known.slot
+    }
+    const slot = this.#freeSlots.pop()
+    if (slot === undefined) return -1
+    if (this.#ring.registerFile(slot, fd) < 0) {
+      this.#freeSlots.length = 0
+      return -1
+    }
+    this.#slots.set(fd, { slot, users: 1 })
+    return slot
+  }
+
+  closeFile(fd: number): void {
+    const known = this.#slots.get(fd)
+    if (known === undefined || --known.users > 0) return
+    this.#slots.delete(fd)
+    this.#ring.registerFile(known.slot, -1)
+    this.#freeSlots.push(known.slot)
+  }
+
+  /** Whether completions can be reaped, or the kernel wants to be entered to produce them. */
+  hasCompletions(): boolean {
+    // ORDER: acquire, pairs with the kernel's release of the CQ tail.
+    return Atomics.load(this.#rings, this.#cqTail) !== this.#head || this.wantsEnter()
+  }
+
+  /** Deferred task work or overflowed completions: only io_uring_enter moves them on. */
+  wantsEnter(): boolean {
+    return (Atomics.load(this.#rings, this.#sqFlags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) !== 0
+  }
+
+  /**
+   * Submits what was prepared and waits for `minComplete` completions, at most `timeoutUs` (-1 = without end).
+   * @throws a system error when the ring itself fails
+   */
+  submit(minComplete: number, timeoutUs: number): void {
+    const control = this.#control
+    for (;;) {
+      control[0] = this.pending
+      control[1] = minComplete
+      control[2] = IORING_ENTER_GETEVENTS
+      control[3] = minComplete === 0 ? -1 : timeoutUs
+      const result = this.#enter()
+      if (result >= 0) {
+        this.pending -= result
+        if (this.pending === 0) {
+          this.#vector = 0
+          return
+        }
+        // Part was submitted: the kernel ran out of something. Completions free it.
+        if (this.#cqReady()) return
+        continue
+      }
+      // With a timeout or a signal the entries were taken nevertheless: only the wait ended.
+      if (result === ETIME || result === EINTR) {
+        this.#recountPending()
+        return
+      }
+      if ((result === EAGAIN || result === EBUSY) && this.#cqReady()) return
+      if (result !== EAGAIN && result !== EBUSY) throw systemError(result, 'io_uring_enter', 'the ring failed')
+    }
+  }
+
+  /** Hands every completion that is there to `sink`. Returns how many. */
+  reap(sink: CompletionSink): number {
+    // ORDER: acquire, pairs with the kernel's release of the CQ tail: the entries before it are written.
+    const tail = Atomics.load(this.#rings, this.#cqTail)
+    let head = this.#head
+    let count = 0
+    const cqes = this.#cqes
+    while (head !== tail) {
+      const at = (head & this.#cqMask) * 4
+      const flags = cqes[at + 3]!
+      if ((flags & IORING_CQE_F_MORE) === 0) this.inFlight--
+      sink.completion(cqes[at]! >>> 0, cqes[at + 1]! >>> 0, cqes[at + 2]!, flags)
+      head = (head + 1) | 0
+      count++
+    }
+    if (count > 0) {
+      this.#head = head
+      // ORDER: release, pairs with the kernel's acquire: the entries are read, it may overwrite them.
+      Atomics.store(this.#rings, this.#cqHead, head)
+    }
+    return count
+  }
+
+  // ---- preparing entries. SAFETY: `address` is inside memory that stays mapped until the completion was reaped.
+
+  read(fd: number, slot: number, offset: number, address: number, length: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_READ, fd, slot, offset, address, length, 0, low, high)
+  }
+
+  write(fd: number, slot: number, offset: number, address: number, length: number, dsync: boolean, low: number, high: number): void {
+    this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, dsync ? RWF_DSYNC : 0, low, high)
+  }
+
+  /** Makes room for `count` vectors (≤ MAX_VECTORS); `vector` then adds them, and `readVector` or `writeVector` uses them. */
+  beginVectors(count: number): void {
+    // Also when the entry itself would not fit: a submission between the vectors and their entry would free them.
+    if (this.#vector + count > VECTORS || this.pending > this.#sqMask) this.#flush()
+  }
+
+  vector(address: number, length: number): void {
+    const word = this.#vector++ * 4
+    this.#vectors[word] = address >>> 0
+    this.#vectors[word + 1] = (address / 0x1_0000_0000) >>> 0
+    this.#vectors[word + 2] = length
+    this.#vectors[word + 3] = 0
+  }
+
+  /** readv into the last `count` vectors. */
+  readVector(fd: number, slot: number, offset: number, count: number, low: number, high: number): void {
+    const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
+    this.#prepare(IORING_OP_READV, fd, slot, offset, vectors, count, 0, low, high)
+  }
+
+  writeVector(fd: number, slot: number, offset: number, count: number, dsync: boolean, low: number, high: number): void {
+    const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
+    this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, dsync ? RWF_DSYNC : 0, low, high)
+  }
+
+  fdatasync(fd: number, slot: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_FSYNC, fd, slot, 0, 0, 0, IORING_FSYNC_DATASYNC, low, high)
+  }
+
+  fallocate(fd: number, slot: number, mode: number, offset: number, length: number, low: number, high: number): void {
+    // The kernel takes the length in `addr` and the mode in `len`.
+    this.#prepare(IORING_OP_FALLOCATE, fd, slot, offset, length, mode, 0, low, high)
+  }
+
+  /** A multishot poll: one completion for each time the fd becomes readable. */
+  pollAdd(fd: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_POLL_ADD, fd, -1, 0, 0, IORING_POLL_ADD_MULTI, POLLIN, low, high)
+  }
+
+  /** Ends the poll whose user_data is (pollLow, pollHigh). */
+  pollRemove(fd: number, pollLow: number, pollHigh: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_POLL_REMOVE, fd, -1, 0, pollLow + pollHigh * 0x1_0000_0000, 0, 0, low, high)
+  }
+
+  close(): void {
+    this.#ring.close()
+  }
+
+  #prepare(
+    opcode: number,
+    fd: number,
+    slot: number,
+    offset: number,
+    address: number,
+    length: number,
+    opFlags: number,
+    low: number,
+    high: number
+  ): void {
+    if (this.pending > this.#sqMask) this.#flush()
+    const sqes = this.#sqes
+    const at = (this.#tail & this.#sqMask) * SQE_WORDS
+    sqes[at] = slot < 0 ? opcode : opcode | (IOSQE_FIXED_FILE << 8)
+    sqes[at + 1] = slot < 0 ? fd : slot
+    sqes[at + 2] = offset >>> 0
+    sqes[at + 3] = (offset / 0x1_0000_0000) >>> 0
+    sqes[at + 4] = address >>> 0
+    sqes[at + 5] = (address / 0x1_0000_0000) >>> 0
+    sqes[at + 6] = length
+    sqes[at + 7] = opFlags
+    sqes[at + 8] = low
+    sqes[at + 9] = high
+    // Words 10-15 (buf_index, personality, splice_fd, addr3) are never written: they stay zero.
+    this.#tail = (this.#tail + 1) | 0
+    this.pending++
+    this.inFlight++
+    // ORDER: release, pairs with the kernel's acquire of the SQ tail in io_uring_enter, which is the barrier here.
+    this.#rings[this.#sqTail] = this.#tail
+  }
+
+  /** The submission ring or the vectors are full in the middle of a batch. */
+  #flush(): void {
+    this.submit(0, -1)
+    if (this.pending > 0) throw new Error('io_uring takes no entries although the completion ring has room')
+  }
+
+  #cqReady(): boolean {
+    return Atomics.load(this.#rings, this.#cqTail) !== this.#head
+  }
+
+  #recountPending(): void {
+    const consumed = Atomics.load(this.#rings, this.#ring.sqHead / 4)
+    this.pending = (this.#tail - consumed) | 0
+    if (this.pending === 0) this.#vector = 0
+  }
+}
