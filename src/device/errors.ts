@@ -1,0 +1,30 @@
+/**
+ * Errors by who is at fault and what ends (design.md "Rules that keep it honest"). Every one has a `code` that is API: the README
+ * lists them, and a retired one is never used again.
+ */
+
+/** The operator's fault: ends the process with exit code 2, before a socket is bound. */
+export class ConfigError extends Error {
+  override readonly name = 'ConfigError'
+  readonly code: string
+  /** The option or configuration key at fault, e.g. `--blk-file`. */
+  readonly option: string
+
+  /** @param fix what to do about it, a sentence */
+  constructor(code: string, option: string, problem: string, fix: string, options?: ErrorOptions) {
+    super(`${option}: ${problem}. ${fix}`, options)
+    this.code = code
+    this.option = option
+  }
+}
+
+/** The device's own fault (a throwing handler): ends that device's session. */
+export class DeviceError extends Error {
+  override readonly name = 'DeviceError'
+  readonly code: string
+
+  constructor(code: string, message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.code = code
+  }
+}

@@ -1,0 +1,181 @@
+/**
+ * The device contract: all that a device module imports, in-tree or a stranger's. A device has two halves.
+ *
+ * - The *control half* ({@link DeviceDefinition}, {@link Device}) lives on the control thread: options, features, config
+ *   space, opening of files.
+ * - The *queue half* ({@link QueueHandler}) lives on an iothread, one handler per virtqueue: it takes chains and
+ *   completes them. The two share no objects, only what `queueData` carries (numbers, SharedArrayBuffers).
+ *
+ * The engine owns what surrounds a request: popping, notification suppression, publishing, calls, in-flight accounting,
+ * broken rings. A handler sees a valid chain and answers it with {@link QueueContext.complete}.
+ */
+import type { GenericSchema } from 'valibot'
+import type { Chain } from '../virtio/chain.ts'
+
+export type { Chain } from '../virtio/chain.ts'
+export { featureSet, hasFeature } from '../virtio/features.ts'
+export { ConfigError, DeviceError } from './errors.ts'
+
+/** The version of this contract. A module that was written for another one is refused when it is loaded. */
+export const API_VERSION = 1
+
+/** The part of pino's logger that a device may use. A guest must not be able to trigger one per request. */
+export interface DeviceLogger {
+  debug(details: object, message: string): void
+  info(details: object, message: string): void
+  warn(details: object, message: string): void
+  error(details: object, message: string): void
+}
+
+/** What the default export of a device module is. */
+export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
+  readonly apiVersion: typeof API_VERSION
+  /** The `type` in configuration files and the `virtiod_<name>_…` prefix of its metrics: lower-case letters and digits. */
+  readonly name: string
+  /** The device id of virtio 1.3 §5. */
+  readonly virtioId: number
+  /** A valibot `strictObject`; its keys are the option names of the command line and of the configuration file. */
+  readonly options: GenericSchema<unknown, Options>
+  /** What a request can be, for counters and latency histograms: `complete` takes an index into this list. At most 8. */
+  readonly operations: readonly string[]
+  /** What can go wrong with a request: `countError` takes an index into this list. At most 16. */
+  readonly errors: readonly string[]
+  /** The module of the queue half: `new URL('./queue.ts', import.meta.url)`. Its export `createQueueHandler` is a {@link CreateQueueHandler}. */
+  readonly queueModule: URL
+  /**
+   * Opens what the options name. Nothing is served yet.
+   * @throws ConfigError naming the option and the fix: the daemon exits with 2 before it binds a socket.
+   */
+  open(options: Options, host: DeviceHost): Promise<Device<QueueData>> | Device<QueueData>
+}
+
+/** One device of a running daemon, on the control thread. It lives from start to shutdown, over any number of sessions. */
+export interface Device<QueueData = unknown> {
+  /** Device-specific feature bits (virtio 1.3 §5); the engine adds those of rings and transport. */
+  readonly features: bigint
+  /** How many virtqueues it can serve (1 … 256). */
+  readonly numQueues: number
+  /** The largest ring that a driver may set up: a power of two, 2 … 32768 (the default). */
+  readonly maxQueueSize?: number
+  /** Structured-cloneable; handed to `createQueueHandler` on the iothread. Fds in it stay owned by the device. */
+  readonly queueData: QueueData
+  /** The whole config space (at most 256 bytes), little-endian as virtio 1.3 §2.5.3 says. Read at every GET_CONFIG. */
+  config(): Uint8Array
+  /** SET_CONFIG. Returns false to refuse the write (the front-end gets a NACK); nothing may have changed then. */
+  writeConfig(offset: number, bytes: Uint8Array): boolean
+  /** A driver took the device over with these features (all virtio and device bits). Called again at each SET_FEATURES. */
+  negotiated?(features: bigint): void
+  /** The session ended or RESET_DEVICE came: back to the state after `open`. All queues are stopped. */
+  reset?(): void
+  /** SIGHUP: look at the backing store again. Returns true when the config space changed, and the driver is told. */
+  refresh?(): boolean
+  /** Lines of QEMU's command line beside chardev and memory, e.g. `vhost-user-blk-pci,num-queues=4`; see {@link QemuDevice}. */
+  qemu?(): QemuDevice
+  /** Releases files. All queues are stopped. */
+  close(): void
+}
+
+/** How to attach the device to QEMU. */
+export interface QemuDevice {
+  /** `vhost-user-blk-pci` */
+  readonly driver: string
+  /** Further properties of `-device`, in order. */
+  readonly properties: Readonly<Record<string, string | number>>
+}
+
+/** What the daemon offers to a device's control half. */
+export interface DeviceHost {
+  readonly log: DeviceLogger
+  /** What kind of file an fd is, and its geometry. @throws a system error */
+  fileInfo(fd: number): FileInfo
+  /** Takes an open-file-description lock on the whole file. Returns false when another process holds a conflicting one. */
+  lockFile(fd: number, exclusive: boolean): boolean
+  /** fallocate(2): 0 or -errno. It blocks: for probing at start only. */
+  fallocate(fd: number, mode: number, offset: number, length: number): number
+  /** The config space changed by itself: tell the driver (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG). */
+  configChanged(): void
+}
+
+export interface FileInfo {
+  readonly kind: 'file' | 'block' | 'other'
+  /** Bytes. */
+  readonly size: number
+  /** Logical block size in bytes (512 for a file). */
+  readonly blockSize: number
+  /** What O_DIRECT demands of buffer addresses and of offsets and lengths, in bytes; 0 = unknown or not possible. */
+  readonly directMemoryAlign: number
+  readonly directOffsetAlign: number
+}
+
+// ------------------------------------------------------------------------------------------------ the queue half
+
+/** Makes the handler of one virtqueue when its ring starts. */
+export type CreateQueueHandler<QueueData = unknown> = (context: QueueContext, data: QueueData) => QueueHandler
+
+/** One virtqueue's request processing. Methods must not throw (that ends the session), block or allocate per request. */
+export interface QueueHandler {
+  /**
+   * Takes a chain that the driver made available. The handler must `complete` it exactly once, now or later. The chain's structure
+   * is checked; its contents are the guest's and may change while they are read: read each field once.
+   */
+  handle(chain: Chain): void
+  /** The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. */
+  completed(chain: Chain, result: number): void
+  /** The ring stopped; nothing is in flight. Frees what `createQueueHandler` took. */
+  close?(): void
+}
+
+/** What the engine offers to a handler. It belongs to one virtqueue on one iothread. */
+export interface QueueContext {
+  readonly queueIndex: number
+  readonly queueSize: number
+  /** The negotiated features. */
+  readonly features: bigint
+  readonly io: DeviceIo
+  /**
+   * Gives the chain back to the driver.
+   * @param written bytes written to the device-writable part, counted from its start (virtio 1.3 §2.7.8.2)
+   * @param operation index into `DeviceDefinition.operations`
+   * @param bytes payload bytes, for the counters
+   */
+  complete(chain: Chain, written: number, operation: number, bytes: number): void
+  /** Counts a failed request. @param kind index into `DeviceDefinition.errors` */
+  countError(kind: number): void
+}
+
+/** A file that a handler does I/O on. */
+export interface IoFile {
+  readonly fd: number
+  /** Slot in the ring's fixed-file table, -1 = none. */
+  readonly slot: number
+}
+
+/** Memory of the iothread at a fixed address, for bounce buffers and constants. */
+export interface IoBuffer {
+  readonly bytes: Uint8Array
+  readonly address: number
+}
+
+/**
+ * Asynchronous I/O, batched: operations are submitted with the next io_uring_enter. At most one operation per chain is in
+ * flight; its end is reported to `QueueHandler.completed`. A read or write may be short: continue it from there.
+ */
+export interface DeviceIo {
+  /** Registers a file for I/O on this iothread. Equal fds share a registration. */
+  openFile(fd: number): IoFile
+  closeFile(file: IoFile): void
+  /** `length` zeroed bytes, page-aligned. They live until the iothread ends: allocate at start, not per request. */
+  allocate(length: number): IoBuffer
+  /** Reads the file from `offset` into bytes [start, start + length) of the chain's device-writable part. */
+  read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void
+  /** Writes bytes [start, start + length) of the chain's device-readable part to the file. @param dsync RWF_DSYNC: durable when it completes */
+  write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void
+  /** Reads into [start, start + length) of a buffer. */
+  readBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number): void
+  /** Writes [start, start + length) of a buffer. */
+  writeBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number, dsync: boolean): void
+  /** fdatasync. */
+  fdatasync(chain: Chain, file: IoFile): void
+  /** fallocate(2) with FALLOC_FL_* `mode`. */
+  fallocate(chain: Chain, file: IoFile, mode: number, offset: number, length: number): void
+}
