@@ -1,0 +1,76 @@
+/**
+ * The command line: finds the command, parses its arguments, runs it, and turns errors into messages and exit codes. It
+ * must not know what commands do. `bin/virtiod.js` checks Node's version before it loads this.
+ */
+import { readFileSync } from 'node:fs'
+import { suggest } from '../daemon/option-table.ts'
+import { ConfigError } from '../device/errors.ts'
+import { parseArguments } from './arguments.ts'
+import { commands } from './commands.ts'
+import { EXIT_FAILURE, EXIT_OK, EXIT_USAGE } from './exit-codes.ts'
+
+async function run(args: readonly string[]): Promise<number> {
+  const [name = '', ...rest] = args
+  if (name === '--version' || name === '-V') return print(versionText())
+  if (name === '--help' || name === '-h' || name === 'help') {
+    if (name === 'help' && rest[0] !== undefined) return run([rest[0], '--help'])
+    return print((await import('./help.ts')).programHelp(commands))
+  }
+  const entry = Object.hasOwn(commands, name) ? commands[name] : undefined
+  if (entry === undefined) throw unknownCommand(name)
+  const command = await entry.load(rest)
+  const flags = new Set(rest.slice(0, rest.includes('--') ? rest.indexOf('--') : rest.length))
+  if (command.capabilities !== undefined && flags.has('--print-capabilities')) {
+    return print(`${JSON.stringify(command.capabilities)}\n`)
+  }
+  if (flags.has('--help') || flags.has('-h')) return print((await import('./help.ts')).commandHelp(command))
+  if (flags.has('--version')) return print(versionText())
+  const words = command.name.split(' ').length - 1
+  return command.run(parseArguments(rest.slice(words), command.scopes, command.positionals, command.name))
+}
+
+function unknownCommand(name: string): ConfigError {
+  if (name === '') {
+    return new ConfigError('ERR_COMMAND_UNKNOWN', 'COMMAND', 'missing', '"virtiod --help" lists the commands.')
+  }
+  const option = name.startsWith('-')
+  const guess = option ? undefined : suggest(name, Object.keys(commands))
+  const fix = guess === undefined ? '"virtiod --help" lists the commands.' : `Did you mean ${guess}?`
+  return new ConfigError('ERR_COMMAND_UNKNOWN', name, option ? 'the command comes first' : 'unknown command', fix)
+}
+
+function print(text: string): number {
+  process.stdout.write(text)
+  return EXIT_OK
+}
+
+function versionText(): string {
+  // The package's file lies above src/cli/ in a checkout and above dist/src/cli/ in a package.
+  const depth = import.meta.url.endsWith('.ts') ? '../../' : '../../../'
+  const { version } = JSON.parse(readFileSync(new URL(`${depth}package.json`, import.meta.url), 'utf8')) as {
+    version: string
+  }
+  return `virtiod ${version}, Node ${process.versions.node}, Node-API ${process.versions['napi'] ?? 'unknown'}\n`
+}
+
+/** What the user reads when something went wrong, one or two lines without a stack, except for our own mistakes. */
+function report(error: unknown): number {
+  const { message, stack, code } = error as NodeJS.ErrnoException
+  if (error instanceof ConfigError) {
+    process.stderr.write(`virtiod: ${message}\n`)
+    return EXIT_USAGE
+  }
+  // An error with a code is a situation (a system error, a protocol error); one without is a bug, and its stack helps.
+  process.stderr.write(`virtiod: ${code === undefined ? (stack ?? String(error)) : message}\n`)
+  return EXIT_FAILURE
+}
+
+// A reader that went away (virtiod --help | head) is no failure.
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EPIPE') throw error
+  })
+}
+
+// Whatever a command leaves open must not keep the process.
+process.exit(await run(process.argv.slice(2)).catch(report))

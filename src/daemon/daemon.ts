@@ -1,0 +1,156 @@
+/**
+ * The daemon: a configuration becomes devices, iothreads and sockets, and goes away again without a trace. It knows no command line
+ * and no signals.
+ */
+import { ConfigError, type Device, type DeviceHost } from '../device/index.ts'
+import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
+import { type Event, IothreadPool } from '../engine/pool.ts'
+import type { DaemonSnapshot } from '../ops/snapshot.ts'
+import { MemoryFaults } from '../vhost-user/memory-faults.ts'
+import type { DaemonConfig, DeviceConfig } from './config.ts'
+import { DeviceServer } from './device-server.ts'
+import type { Logger } from './log.ts'
+
+export class Daemon {
+  readonly #servers: DeviceServer[] = []
+  readonly #pool: IothreadPool
+  readonly #log: Logger
+  readonly #faults: MemoryFaults
+  #ended = Promise.withResolvers<void>()
+  #died: unknown
+  #closed: Promise<void> | undefined
+
+  private constructor(config: DaemonConfig, log: Logger) {
+    this.#log = log
+    this.#pool = new IothreadPool(
+      {
+        count: config.iothreads,
+        ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
+        pollMaxUs: config.pollMaxUs,
+        // For tests, and for hosts whose io_uring is known to be bad.
+        emulate: process.env['VIRTIOD_IO_URING'] === 'off'
+      },
+      (event) => this.#event(event),
+      (error) => this.#iothreadDied(error)
+    )
+    this.#faults = new MemoryFaults(() => {
+      for (const server of this.#servers) server.checkMemory()
+    })
+  }
+
+  /**
+   * Opens every device, then binds every socket.
+   * @throws ConfigError before any socket is bound, or with all of them removed again
+   */
+  static async start(config: DaemonConfig, log: Logger): Promise<Daemon> {
+    const daemon = new Daemon(config, log)
+    try {
+      // The iothreads start while the files are opened.
+      const ready = daemon.#pool.ready()
+      ready.catch(() => {})
+      for (const device of config.devices) await daemon.#open(device)
+      await daemon.#startIothreads(ready, config)
+      for (const server of daemon.#servers) server.listen(() => daemon.#served())
+      return daemon
+    } catch (error) {
+      await daemon.close()
+      throw error
+    }
+  }
+
+  /** Opens and closes every device, without iothreads or sockets. @throws ConfigError */
+  static async check(config: DaemonConfig, log: Logger): Promise<void> {
+    const devices: Device[] = []
+    try {
+      for (const device of config.devices) devices.push(await openDevice(device, log, () => {}))
+    } finally {
+      for (const device of devices) device.close()
+    }
+  }
+
+  /** Resolves when there is nothing left to serve: every socket was a connection handed down, and all have ended. @throws when an iothread died */
+  ended(): Promise<void> {
+    return this.#ended.promise
+  }
+
+  snapshot(): DaemonSnapshot {
+    return {
+      devices: this.#servers.map((server) => server.snapshot()),
+      iothreads: this.#pool.threads.map((thread) => thread.snapshot())
+    }
+  }
+
+  /** Resolves with undefined when every iothread answers, else with what is wrong; an iothread that hangs makes it never resolve. */
+  async health(): Promise<string | undefined> {
+    if (this.#died !== undefined) return `an iothread died: ${this.#died}`
+    await this.#pool.broadcast({ kind: 'ping' })
+    return undefined
+  }
+
+  /** Every device looks at its backing store again: a resized image reaches its guest. */
+  refresh(): void {
+    for (const server of this.#servers) server.refresh()
+  }
+
+  /** Ends all sessions (what is in flight completes), removes the sockets, stops the iothreads. Idempotent. */
+  close(): Promise<void> {
+    this.#closed ??= this.#close()
+    return this.#closed
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  async #close(): Promise<void> {
+    await Promise.all(this.#servers.map((server) => server.close()))
+    await this.#pool.close()
+    this.#faults[Symbol.dispose]()
+  }
+
+  async #open(config: DeviceConfig): Promise<void> {
+    const log = this.#log.child({ device: config.name })
+    let server: DeviceServer | undefined
+    const device = await openDevice(config, log, () => server?.configChanged())
+    server = new DeviceServer(config, device, this.#pool, log)
+    this.#servers.push(server)
+  }
+
+  async #startIothreads(ready: Promise<void>, config: DaemonConfig): Promise<void> {
+    try {
+      await ready
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).syscall === 'sched_setaffinity') {
+        const fix = 'Give processors that exist and that this process may use.'
+        throw new ConfigError('ERR_IOTHREAD_CPUS', '--iothread-cpus', `${(error as Error).message}`, fix, { cause: error })
+      }
+      throw error
+    }
+    const emulated = this.#pool.threads.find((thread) => thread.emulated)
+    const details = { iothreads: config.iothreads, ring: emulated === undefined ? 'io_uring' : 'plain system calls' }
+    if (emulated === undefined) this.#log.info(details, 'iothreads run on io_uring')
+    else this.#log.warn({ ...details, reason: emulated.reason }, 'io_uring is not to be had, iothreads run on plain system calls: slower')
+  }
+
+  #event(event: Event): void {
+    const server = this.#servers.find((candidate) => candidate.rings.session === event.session)
+    if (event.kind === 'ringBroken') server?.ringBroke(event.index, event.code, event.message)
+    else server?.deviceFailed(event.index, event.error)
+  }
+
+  #iothreadDied(error: unknown): void {
+    this.#died = error
+    this.#log.fatal({ err: error }, 'an iothread died')
+    this.#ended.reject(error)
+    this.#ended.promise.catch(() => {})
+  }
+
+  #served(): void {
+    if (this.#servers.every((server) => server.handedDownEnded)) this.#ended.resolve()
+  }
+}
+
+function openDevice(config: DeviceConfig, log: Logger, configChanged: () => void): Promise<Device> | Device {
+  const host: DeviceHost = { log, fileInfo, lockFile, fallocate: probeFallocate, configChanged }
+  return config.definition.open(config.options, host)
+}

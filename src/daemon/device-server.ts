@@ -1,0 +1,194 @@
+/** One device of the daemon: its socket, and the sessions of its front-ends, one after the other. */
+import { ConfigError, type Device, type DeviceDefinition } from '../device/index.ts'
+import type { IothreadPool } from '../engine/pool.ts'
+import type { DeviceSnapshot } from '../ops/snapshot.ts'
+import { CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, BROKEN, KICKS } from '../engine/counters.ts'
+import type { Connection } from '../vhost-user/connection.ts'
+import { ProtocolError } from '../vhost-user/errors.ts'
+import { Session } from '../vhost-user/session.ts'
+import { connectedSocket, Listener } from '../vhost-user/listener.ts'
+import type { DeviceConfig, SocketAddress } from './config.ts'
+import type { Logger } from './log.ts'
+import { Rings } from './rings.ts'
+
+/** sun_path of sockaddr_un without its terminator (unix(7)). */
+export const MAX_SOCKET_PATH = 107
+
+export class DeviceServer {
+  readonly name: string
+  readonly device: Device
+  readonly rings: Rings
+  readonly #definition: DeviceDefinition
+  readonly #socket: SocketAddress
+  readonly #log: Logger
+  /** The connection that was handed down has ended. */
+  handedDownEnded = false
+  #listener: Listener | undefined
+  #session: Session | undefined
+  #running: Promise<void> | undefined
+  #closing = false
+  #sessions = 0
+  #protocolErrors = 0
+
+  constructor(config: DeviceConfig, device: Device, pool: IothreadPool, log: Logger) {
+    this.name = config.name
+    this.device = device
+    this.#definition = config.definition
+    this.#socket = config.socket
+    this.#log = log
+    this.rings = new Rings(config.definition, device, pool)
+  }
+
+  /**
+   * Binds the socket and begins to serve. @param onEnd called when a connection that was handed down has ended: nobody can come any more
+   * @throws ConfigError when the socket can't be had
+   */
+  listen(onEnd: () => void): void {
+    if ('fd' in this.#socket) {
+      const connection = adopt(this.#socket.fd)
+      if (connection !== undefined) {
+        this.#running = this.#serve(connection).then(() => {
+          this.handedDownEnded = true
+          onEnd()
+        })
+        return
+      }
+      this.#listener = Listener.adopt(this.#socket.fd)
+    } else this.#listener = bind(this.#socket.path)
+    this.#running = this.#acceptAll(this.#listener)
+    this.#log.info({ socket: this.#socket }, 'listening')
+  }
+
+  /** Looks at the backing store again; a driver hears of a changed config space. */
+  refresh(): void {
+    if (this.device.refresh?.() === true) this.configChanged()
+  }
+
+  configChanged(): void {
+    if (this.#session === undefined) return
+    const told = this.#session.configChanged()
+    this.#log.info({ told }, told ? 'the config space changed, the front-end was told' : 'the config space changed, the front-end has no channel to hear it')
+  }
+
+  /** An event of an iothread about this device's present session. */
+  ringBroke(index: number, code: string, message: string): void {
+    this.rings.queues[index]!.broken = true
+    this.#session?.ringBroke(index)
+    // One line per break: a broken ring stays broken until the driver resets it.
+    this.#log.error({ queue: index, code }, `the driver broke its ring: ${message}`)
+  }
+
+  deviceFailed(index: number, error: unknown): void {
+    this.#log.error({ queue: index, err: error }, 'the device failed, its session ends')
+    this.#session?.connection.abort()
+  }
+
+  /** Some mapping lost pages. Ends the session when it was one of its own. */
+  checkMemory(): void {
+    if (this.#session?.memoryFaulted !== true) return
+    this.#log.error({}, 'the front-end truncated its memory, its session ends')
+    this.#session.connection.abort()
+  }
+
+  snapshot(): DeviceSnapshot {
+    const session = this.#session
+    return {
+      name: this.name,
+      type: this.#definition.name,
+      sessionUp: session !== undefined,
+      memoryBytes: session?.memory.size ?? 0,
+      memoryRegions: session?.memory.regions.length ?? 0,
+      sessionsTotal: this.#sessions,
+      protocolErrorsTotal: this.#protocolErrors,
+      queues: this.rings.queues
+        .filter((queue) => queue.used)
+        .map(({ index, thread, counters, ring, enabled, broken }) => ({
+          index,
+          started: ring !== undefined && enabled,
+          broken,
+          iothread: thread.index,
+          kicks: counters.values[KICKS]!,
+          calls: counters.values[CALLS]!,
+          callsSuppressed: counters.values[CALLS_SUPPRESSED]!,
+          chains: counters.values[CHAINS]!,
+          inFlight: ring === undefined ? 0 : Math.max(0, counters.values[CHAINS]! - counters.values[COMPLETED]!),
+          brokenTotal: counters.values[BROKEN]!,
+          operations: counters.operations(this.#definition.operations),
+          errors: counters.errors(this.#definition.errors)
+        }))
+    }
+  }
+
+  /** Ends the session (what is in flight completes), removes the socket, closes the device. */
+  async close(): Promise<void> {
+    this.#closing = true
+    this.#listener?.[Symbol.dispose]()
+    this.#session?.connection.abort()
+    await this.#running
+    this.device.close()
+  }
+
+  async #acceptAll(listener: Listener): Promise<void> {
+    while (!this.#closing) {
+      const connection = await listener.accept()
+      if (connection === undefined) return
+      await this.#serve(connection)
+    }
+  }
+
+  async #serve(connection: Connection): Promise<void> {
+    this.rings.begin()
+    const log = this.#log.child({ session: this.rings.session })
+    const session = new Session(connection, this.rings)
+    session.onRefused = (error) => {
+      this.#protocolErrors++
+      log.warn({ code: error.code }, `refused: ${error.message}`)
+    }
+    this.#session = session
+    this.#sessions++
+    if (this.#closing) connection.abort()
+    log.info({}, 'front-end connected')
+    try {
+      await session.run()
+      log.info({}, 'front-end left')
+    } catch (error) {
+      if (error instanceof ProtocolError) {
+        this.#protocolErrors++
+        log.error({ code: error.code }, `the front-end broke the protocol, its connection is closed: ${error.message}`)
+      } else log.error({ err: error }, 'the session failed, its connection is closed')
+    } finally {
+      this.#session = undefined
+      await this.rings.end()
+    }
+  }
+}
+
+function adopt(fd: number): Connection | undefined {
+  try {
+    return connectedSocket(fd)
+  } catch (error) {
+    const fix = 'Give the number of an inherited unix stream socket, listening or connected.'
+    throw new ConfigError('ERR_SOCKET_FD', '--fd', (error as Error).message, fix, { cause: error })
+  }
+}
+
+function bind(path: string): Listener {
+  if (Buffer.byteLength(path) > MAX_SOCKET_PATH) {
+    throw new ConfigError(
+      'ERR_SOCKET_PATH_LENGTH',
+      '--socket-path',
+      `${path} has ${Buffer.byteLength(path)} bytes, a socket path has at most ${MAX_SOCKET_PATH}`,
+      'Give a shorter path, or one relative to the working directory.'
+    )
+  }
+  try {
+    return Listener.bind(path)
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException
+    const fix =
+      code === 'EADDRINUSE'
+        ? 'Another process listens there, or it is no socket: stop that process or give another path.'
+        : 'Give a path in a directory that exists and that you may write to.'
+    throw new ConfigError('ERR_SOCKET_BIND', '--socket-path', `cannot listen on ${path} (${code})`, fix, { cause: error })
+  }
+}

@@ -1,0 +1,25 @@
+/**
+ * The devices that come with virtiod: name → how to load it and how to announce it. A new device is one more row here
+ * (and its folder under devices/). Modules load on demand: a daemon that serves disks never reads the code of others.
+ */
+import type { DeviceDefinition } from '../device/index.ts'
+
+export interface DeviceEntry {
+  /** One line for `virtiod --help`. */
+  readonly summary: string
+  /** `--print-capabilities` (vhost-user.rst "Backend program conventions"; QEMU's docs/interop/vhost-user.json). */
+  readonly capabilities: { readonly type: string; readonly features?: readonly string[] }
+  /** Imports the device's module, whose default export is its definition. */
+  load(): Promise<DeviceDefinition>
+}
+
+export const devices: Readonly<Record<string, DeviceEntry>> = {
+  blk: {
+    summary: 'serve a disk: a raw image file or a block device',
+    capabilities: { type: 'block', features: ['read-only', 'blk-file'] },
+    // A definition of any options and queue data is used as one of unknown ones: only the definition itself looks inside.
+    load: async () => (await import('../../devices/blk/index.ts')).default as unknown as DeviceDefinition,
+  },
+}
+
+export const deviceNames: readonly string[] = Object.keys(devices)

@@ -1,0 +1,39 @@
+/**
+ * Every error code of virtiod and what it means. Codes are API: the README lists this table, a test holds both to it, and
+ * a retired code is never used again.
+ */
+import { PROTOCOL_ERRORS } from '../vhost-user/errors.ts'
+import { RING_ERRORS } from '../virtio/errors.ts'
+
+export const ERROR_CODES: Readonly<Record<string, string>> = {
+  // ---- ConfigError: the operator's; exit code 2
+  ERR_COMMAND_UNKNOWN: 'There is no such command.',
+  ERR_ARGUMENT: 'An argument that is no option is missing or superfluous.',
+  ERR_OPTION_UNKNOWN: 'There is no such option or configuration key.',
+  ERR_OPTION_REQUIRED: 'An option or key that is required is missing.',
+  ERR_OPTION_VALUE: 'The value of an option or key is of the wrong type, out of range or not one of those allowed.',
+  ERR_OPTION_VALUE_MISSING: 'An option on the command line lacks its value.',
+  ERR_OPTION_DUPLICATE: 'An option is given twice, or two devices have the same name or socket.',
+  ERR_OPTION_CONFLICT: 'Two options exclude each other.',
+  ERR_CONFIG_READ: 'The configuration file cannot be read.',
+  ERR_CONFIG_SYNTAX: 'The configuration file is neither valid YAML nor valid JSON.',
+  ERR_SOCKET_PATH_LENGTH: 'The path of a unix socket is longer than the kernel allows.',
+  ERR_SOCKET_BIND: 'A unix socket cannot be bound: another process serves it, or the directory does not allow it.',
+  ERR_SOCKET_FD: 'The inherited fd is no unix stream socket.',
+  ERR_IOTHREAD_CPUS: 'The processors of --iothread-cpus do not exist, or this process may not use them.',
+  ERR_METRICS_LISTEN: 'The address of the metrics server is taken or cannot be had.',
+  ERR_DEMO_IMAGE: 'The demonstration image cannot be created.',
+  // ---- ProtocolError: the front-end's; ends its session, or is a NACK
+  ...sentences(PROTOCOL_ERRORS),
+  // ---- RingError: the driver's; stops that ring
+  ...sentences(RING_ERRORS),
+  // ---- the installation, and the other end
+  ERR_FRONTEND: 'probe, verify or bench did not get from a back-end what they asked for.',
+  ERR_NATIVE_LOAD:
+    'The native addon is missing or was built for another machine; the message names the command that builds it.',
+}
+
+function sentences(meanings: Readonly<Record<string, string>>): Record<string, string> {
+  const entries = Object.entries(meanings)
+  return Object.fromEntries(entries.map(([code, text]) => [code, `${text.charAt(0).toUpperCase()}${text.slice(1)}.`]))
+}

@@ -1,0 +1,161 @@
+/**
+ * The rings of one device's session on the iothreads: which iothread serves which queue, under which id. It is the session's
+ * {@link RingHost}: the place where the protocol meets the engine.
+ */
+import type { Device, DeviceDefinition } from '../device/index.ts'
+import { QueueCounters } from '../engine/counters.ts'
+import type { Request } from '../engine/messages.ts'
+import { type IothreadHandle, type IothreadPool, moduleUrl } from '../engine/pool.ts'
+import {
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_F_ANY_LAYOUT,
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_VERSION_1,
+  VIRTQ_MAX_SIZE
+} from '../virtio/constants.ts'
+import { featureSet } from '../virtio/features.ts'
+import type { RegionDescription } from '../virtio/memory.ts'
+import type { RingHost, RingStart } from '../vhost-user/session.ts'
+
+/** What the rings and the transport offer, whatever the device. */
+export const RING_FEATURES = featureSet(
+  VIRTIO_F_ANY_LAYOUT,
+  VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_EVENT_IDX,
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_F_VERSION_1
+)
+
+/** One virtqueue of a device, over all sessions. */
+export class QueueSlot {
+  readonly index: number
+  readonly thread: IothreadHandle
+  readonly counters = new QueueCounters()
+  /** Its id on the iothread while the ring is started. */
+  ring: number | undefined
+  enabled = false
+  broken = false
+  /** A front-end used it at least once: metrics show it from then on. */
+  used = false
+
+  constructor(index: number, thread: IothreadHandle) {
+    this.index = index
+    this.thread = thread
+  }
+}
+
+let nextSession = 1
+
+export class Rings implements RingHost {
+  readonly features: bigint
+  readonly numQueues: number
+  readonly maxQueueSize: number
+  readonly queues: readonly QueueSlot[]
+  /** Identifies the present session on the iothreads. */
+  session = 0
+  readonly #device: Device
+  readonly #module: string
+  readonly #threads: readonly IothreadHandle[]
+
+  constructor(definition: DeviceDefinition, device: Device, pool: IothreadPool) {
+    this.#device = device
+    this.#module = moduleUrl(definition.queueModule).href
+    this.features = device.features | RING_FEATURES
+    this.numQueues = device.numQueues
+    this.maxQueueSize = device.maxQueueSize ?? VIRTQ_MAX_SIZE
+    this.queues = Array.from({ length: device.numQueues }, (_, index) => new QueueSlot(index, pool.assign()))
+    this.#threads = [...new Set(this.queues.map((queue) => queue.thread))]
+  }
+
+  /** A new front-end: rings and memory of the last one are gone. */
+  begin(): void {
+    this.session = nextSession++
+    for (const queue of this.queues) queue.broken = false
+  }
+
+  async end(): Promise<void> {
+    await this.#all({ kind: 'endSession', session: this.session })
+  }
+
+  config(): Uint8Array {
+    return this.#device.config()
+  }
+
+  writeConfig(offset: number, bytes: Uint8Array): boolean {
+    return this.#device.writeConfig(offset, bytes)
+  }
+
+  negotiated(features: bigint): void {
+    this.#device.negotiated?.(features)
+  }
+
+  reset(): void {
+    this.#device.reset?.()
+  }
+
+  async startRing(index: number, start: RingStart): Promise<void> {
+    const queue = this.queues[index]!
+    const ring = queue.thread.takeRing()
+    try {
+      await queue.thread.request({
+        kind: 'startQueue',
+        queue: ring,
+        session: this.session,
+        index,
+        ...start,
+        module: this.#module,
+        data: this.#device.queueData,
+        counters: queue.counters.buffer
+      })
+    } catch (error) {
+      queue.thread.freeRing(ring)
+      throw error
+    }
+    queue.ring = ring
+    queue.enabled = start.enabled
+    queue.broken = false
+    queue.used = true
+  }
+
+  async stopRing(index: number): Promise<number> {
+    const queue = this.queues[index]!
+    const ring = queue.ring!
+    const base = await queue.thread.request({ kind: 'stopQueue', queue: ring })
+    queue.thread.freeRing(ring)
+    queue.ring = undefined
+    return base
+  }
+
+  async enableRing(index: number, enabled: boolean): Promise<void> {
+    const queue = this.queues[index]!
+    queue.enabled = enabled
+    await queue.thread.request({ kind: 'enableQueue', queue: queue.ring!, enabled })
+  }
+
+  async setKick(index: number, kickFd: number): Promise<void> {
+    const queue = this.queues[index]!
+    await queue.thread.request({ kind: 'setKick', queue: queue.ring!, kickFd })
+  }
+
+  async setCall(index: number, callFd: number): Promise<void> {
+    const queue = this.queues[index]!
+    await queue.thread.request({ kind: 'setCall', queue: queue.ring!, callFd })
+  }
+
+  async pause(): Promise<void> {
+    await this.#all({ kind: 'pause', session: this.session })
+  }
+
+  async resume(): Promise<void> {
+    await this.#all({ kind: 'resume', session: this.session })
+  }
+
+  async setMemory(regions: readonly RegionDescription[]): Promise<void> {
+    await this.#all({ kind: 'setMemory', session: this.session, regions })
+  }
+
+  async #all(request: Request): Promise<void> {
+    await Promise.all(this.#threads.map((thread) => thread.request(request)))
+  }
+}
