@@ -26,6 +26,8 @@ export class Iothread implements CompletionSink, QueueOwner {
   readonly ring: IoRing
   readonly oneAddress: number
   now = 0
+  /** SAFETY: keeps the memory at `oneAddress`: without a reference the garbage collector unmaps it. */
+  readonly #one: BigUint64Array
   readonly #port: MessagePort
   readonly #wakeFd: number
   readonly #poll: AdaptivePoll
@@ -55,7 +57,8 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.ring = ring
     const one = native.allocate(8)
     if (typeof one === 'number') throw systemError(one, 'mmap', 'cannot allocate memory')
-    new BigUint64Array(one.buffer)[0] = 1n
+    this.#one = new BigUint64Array(one.buffer)
+    this.#one[0] = 1n
     this.oneAddress = one.address
     this.#listen()
     this.#report({ kind: 'ready', emulated: ring.emulated, ...(reason === undefined ? {} : { reason }) })

@@ -20,6 +20,8 @@ export const OP_CALL = 2
 export const OP_WAKE = 3
 export const OP_CANCEL = 4
 
+const EAGAIN = -11
+
 /** Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on the first results while we do the next. */
 const BATCH = 64
 
@@ -206,6 +208,8 @@ export class Queue implements QueueContext {
       case OP_CALL:
         if (high >>> 8 !== this.#generation) return
         this.#calling = false
+        // A full counter is as good as a call: the driver has one to take. Anything else means that nobody hears us.
+        if (result < 0 && result !== EAGAIN) return this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${result})`))
         if (this.#callAgain) {
           this.#callAgain = false
           this.call()
