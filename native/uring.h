@@ -55,7 +55,11 @@ struct Control {
   int32_t minComplete;
   int32_t flags;
   int32_t timeoutMicroseconds;
+  int32_t directStart;  // the direct writes to run in this call: [directStart, directStart + directCount)
+  int32_t directCount;
 };
+
+constexpr unsigned kDirectWrites = 256;
 
 /** Byte offsets into the rings, as `NativeRing` names them. */
 struct RingLayout {
@@ -78,11 +82,14 @@ class Ring {
   Region* rings = nullptr;
   Region* sqes = nullptr;
   Region* control = nullptr;
+  Region* direct = nullptr;
 
  protected:
-  /** Makes the control block; false and errno. */
+  /** Makes the control block and the entries of direct writes; false and errno. */
   bool AllocateControl();
-  /** Lays anonymous memory over the three regions and gives our references to them back. */
+  /** Runs the direct writes that the control block names. Returns how many there were. */
+  int WriteDirect();
+  /** Lays anonymous memory over the regions and gives our references to them back. */
   void CloseMemory();
 
   // SAFETY: the ring holds a reference to each region until CloseMemory(), so these stay mapped while it is open.

@@ -110,6 +110,7 @@ int EmulatedRing::Enter() {
   const Control& wanted = *arguments();
   unsigned submitted = Submit(static_cast<unsigned>(wanted.toSubmit));
   int waited = 0;
+  if (WriteDirect() > 0) return static_cast<int>(submitted);
   if ((wanted.flags & IORING_ENTER_GETEVENTS) != 0) {
     unsigned minComplete = std::min(static_cast<unsigned>(wanted.minComplete), layout.cqEntries);
     waited = Reap(wanted.timeoutMicroseconds == 0 ? 0 : minComplete, wanted.timeoutMicroseconds);

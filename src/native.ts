@@ -50,6 +50,12 @@ export interface NativeRing {
    */
   readonly control: SharedArrayBuffer
   /**
+   * Writes that `enter` runs at once by pwritev(2), behind the submission, without waiting for anything else: 256 entries laid out as
+   * submission entries (WRITE or WRITEV; fd, offset, address, length), named by words 4 (first) and 5 (count) of `control`. The last
+   * word of an entry takes its result, bytes or -errno.
+   */
+  readonly direct: SharedArrayBuffer
+  /**
    * io_uring_enter(2) with the arguments in `control`. Returns the number of entries consumed, or -errno (-ETIME when the
    * timeout passed, -EINTR). As in the kernel, entries consumed, or completions that are there though fewer than asked for,
    * hide an error of the wait: look at the queue, not at the result. The emulation stops consuming (0 at the least) while the

@@ -14,6 +14,9 @@ export interface ServeHooks {
   ready?(metricsUrl: string | undefined): void
 }
 
+/** npm, timeout(1) and terminals may deliver one wish twice, to the process and to its group. In milliseconds. */
+const SAME_SIGNAL_MS = 300
+
 /**
  * @returns the exit code, when the daemon has ended
  * @throws ConfigError, before any socket is bound
@@ -61,15 +64,16 @@ async function startOperations(
 }
 
 function listenToSignals(log: Logger, stop: (code: number) => void): { onHangup(handler: () => void): void } {
-  let stopping = false
+  let stoppingSince: number | undefined
   let hangup: (() => void) | undefined
   for (const signal of ['SIGTERM', 'SIGINT'] as const) {
     process.on(signal, () => {
-      if (stopping) {
+      if (stoppingSince !== undefined) {
+        if (performance.now() - stoppingSince < SAME_SIGNAL_MS) return
         log.warn({ signal }, 'second signal: leaving at once')
         process.exit(EXIT_FAILURE)
       }
-      stopping = true
+      stoppingSince = performance.now()
       log.info({ signal }, 'stopping')
       stop(EXIT_OK)
     })

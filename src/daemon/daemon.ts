@@ -3,6 +3,7 @@
  * and no signals.
  */
 import { ConfigError, type Device, type DeviceHost } from '../device/index.ts'
+import { allowedCpus } from '../engine/affinity.ts'
 import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
 import { type Event, IothreadPool } from '../engine/pool.ts'
 import type { DaemonSnapshot } from '../ops/snapshot.ts'
@@ -43,14 +44,14 @@ export class Daemon {
    * @throws ConfigError before any socket is bound, or with all of them removed again
    */
   static async start(config: DaemonConfig, log: Logger): Promise<Daemon> {
+    checkCpus(config.iothreadCpus)
     const daemon = new Daemon(config, log)
     try {
-      // The iothreads start while the files are opened.
-      const ready = daemon.#pool.ready()
-      ready.catch(() => {})
       for (const device of config.devices) await daemon.#open(device)
-      await daemon.#startIothreads(ready, config)
+      // The iothreads are still starting (a worker takes 40 ms): front-ends can connect meanwhile, their rings wait for them.
       for (const server of daemon.#servers) server.listen(() => daemon.#served())
+      await daemon.#pool.ready()
+      daemon.#logIothreads()
       return daemon
     } catch (error) {
       await daemon.close()
@@ -60,6 +61,7 @@ export class Daemon {
 
   /** Opens and closes every device, without iothreads or sockets. @throws ConfigError */
   static async check(config: DaemonConfig, log: Logger): Promise<void> {
+    checkCpus(config.iothreadCpus)
     const devices: Device[] = []
     try {
       for (const device of config.devices) devices.push(await openDevice(device, log, () => {}))
@@ -116,20 +118,14 @@ export class Daemon {
     this.#servers.push(server)
   }
 
-  async #startIothreads(ready: Promise<void>, config: DaemonConfig): Promise<void> {
-    try {
-      await ready
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).syscall === 'sched_setaffinity') {
-        const fix = 'Give processors that exist and that this process may use.'
-        throw new ConfigError('ERR_IOTHREAD_CPUS', '--iothread-cpus', `${(error as Error).message}`, fix, { cause: error })
-      }
-      throw error
+  #logIothreads(): void {
+    const { threads } = this.#pool
+    const emulated = threads.find((thread) => thread.emulated)
+    if (emulated === undefined) this.#log.info({ iothreads: threads.length, ring: 'io_uring' }, 'iothreads run')
+    else {
+      const details = { iothreads: threads.length, ring: 'system calls', reason: emulated.reason }
+      this.#log.warn(details, 'io_uring is not to be had: iothreads run on plain system calls, which is slower')
     }
-    const emulated = this.#pool.threads.find((thread) => thread.emulated)
-    const details = { iothreads: config.iothreads, ring: emulated === undefined ? 'io_uring' : 'plain system calls' }
-    if (emulated === undefined) this.#log.info(details, 'iothreads run on io_uring')
-    else this.#log.warn({ ...details, reason: emulated.reason }, 'io_uring is not to be had, iothreads run on plain system calls: slower')
   }
 
   #event(event: Event): void {
@@ -148,6 +144,16 @@ export class Daemon {
   #served(): void {
     if (this.#servers.every((server) => server.handedDownEnded)) this.#ended.resolve()
   }
+}
+
+/** @throws ConfigError naming the processors that this process may not use */
+function checkCpus(sets: DaemonConfig['iothreadCpus']): void {
+  if (sets === undefined) return
+  const allowed = allowedCpus()
+  const missing = sets.flat().filter((cpu) => !allowed.has(cpu))
+  if (missing.length === 0) return
+  const problem = `this process may not run on CPU ${[...new Set(missing)].join(', ')}`
+  throw new ConfigError('ERR_IOTHREAD_CPUS', '--iothread-cpus', problem, `It may use ${[...allowed].join(', ')}.`)
 }
 
 function openDevice(config: DeviceConfig, log: Logger, configChanged: () => void): Promise<Device> | Device {

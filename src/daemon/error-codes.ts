@@ -23,6 +23,13 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_IOTHREAD_CPUS: 'The processors of --iothread-cpus do not exist, or this process may not use them.',
   ERR_METRICS_LISTEN: 'The address of the metrics server is taken or cannot be had.',
   ERR_DEMO_IMAGE: 'The demonstration image cannot be created.',
+  ERR_BLK_FILE_OPEN: 'The disk image or block device cannot be opened.',
+  ERR_BLK_FILE_KIND: 'What is to be served is neither a regular file nor a block device.',
+  ERR_BLK_FILE_LOCKED: 'Another process serves the file.',
+  ERR_BLK_FILE_SIZE: 'The file is empty, or its size is no multiple of the block size.',
+  ERR_BLK_BLOCK_SIZE: 'The file can only be accessed in larger blocks than asked for.',
+  ERR_BLK_CACHE: 'The file system cannot do O_DIRECT, which --cache none needs.',
+  ERR_BLK_DISCARD: 'The file system cannot free space inside a file, which --discard on needs.',
   // ---- ProtocolError: the front-end's; ends its session, or is a NACK
   ...sentences(PROTOCOL_ERRORS),
   // ---- RingError: the driver's; stops that ring

@@ -148,6 +148,8 @@ export interface IoFile {
   readonly fd: number
   /** Slot in the ring's fixed-file table, -1 = none. */
   readonly slot: number
+  /** It goes through the host's page cache. */
+  readonly buffered: boolean
 }
 
 /** Memory of the iothread at a fixed address, for bounce buffers and constants. */

@@ -2,9 +2,13 @@
  * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's buffer
  * becomes an address for the kernel.
  */
+import { constants } from 'node:fs'
 import type { Chain, DeviceIo, IoBuffer, IoFile } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
-import { type IoRing, MAX_VECTORS } from './ring.ts'
+import { type IoRing, MAX_VECTORS, WRITE_BUFFERED, WRITE_DSYNC, WRITE_PLAIN } from './ring.ts'
+
+const S_IFMT = 0o170000
+const S_IFREG = 0o100000
 
 export class Io implements DeviceIo {
   readonly #ring: IoRing
@@ -23,7 +27,7 @@ export class Io implements DeviceIo {
   }
 
   openFile(fd: number): IoFile {
-    return { fd, slot: this.#ring.openFile(fd) }
+    return { fd, slot: this.#ring.openFile(fd), buffered: isBuffered(fd) }
   }
 
   closeFile(file: IoFile): void {
@@ -49,10 +53,10 @@ export class Io implements DeviceIo {
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
     const count = this.#locate(chain, 0, chain.readableCount, start, length)
     const user = this.#user(chain)
-    if (count === 1) this.#ring.write(file.fd, file.slot, offset, this.#address(chain), length, dsync, user, this.#tag)
+    if (count === 1) this.#ring.write(file.fd, file.slot, offset, this.#address(chain), length, writeKind(file, dsync), user, this.#tag)
     else {
       this.#vectors(chain, count, length)
-      this.#ring.writeVector(file.fd, file.slot, offset, count, dsync, user, this.#tag)
+      this.#ring.writeVector(file.fd, file.slot, offset, count, length, writeKind(file, dsync), user, this.#tag)
     }
   }
 
@@ -63,7 +67,7 @@ export class Io implements DeviceIo {
 
   writeBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number, dsync: boolean): void {
     const address = bufferAddress(buffer, start, length)
-    this.#ring.write(file.fd, file.slot, offset, address, length, dsync, this.#user(chain), this.#tag)
+    this.#ring.write(file.fd, file.slot, offset, address, length, writeKind(file, dsync), this.#user(chain), this.#tag)
   }
 
   fdatasync(chain: Chain, file: IoFile): void {
@@ -119,6 +123,16 @@ export class Io implements DeviceIo {
       skip = 0
     }
   }
+}
+
+function writeKind(file: IoFile, dsync: boolean): number {
+  return dsync ? WRITE_DSYNC : file.buffered ? WRITE_BUFFERED : WRITE_PLAIN
+}
+
+/** A regular file through the page cache: a write to it is a copy. */
+function isBuffered(fd: number): boolean {
+  const info = new Float64Array(8)
+  return native.fdInfo(fd, info) === 0 && (info[0]! & S_IFMT) === S_IFREG && (info[6]! & constants.O_DIRECT) === 0
 }
 
 function bufferAddress(buffer: IoBuffer, start: number, length: number): number {

@@ -11,7 +11,7 @@ import type { Vring } from '../virtio/vring.ts'
 import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS, QueueCounters } from './counters.ts'
 import { Io } from './io.ts'
 import type { StartQueue } from './messages.ts'
-import { IORING_CQE_F_MORE, type IoRing } from './ring.ts'
+import { IORING_CQE_F_MORE, type IoRing, WRITE_PLAIN } from './ring.ts'
 
 /** What a completion belongs to: the low byte of user_data's high word. */
 export const OP_DEVICE = 0
@@ -178,7 +178,7 @@ export class Queue implements QueueContext {
     this.#calling = true
     this.#counters.add(CALLS, 1)
     const owner = this.#owner
-    owner.ring.write(this.#callFd, -1, -1, owner.oneAddress, 8, false, this.id << 16, this.#tag(OP_CALL))
+    owner.ring.write(this.#callFd, -1, -1, owner.oneAddress, 8, WRITE_PLAIN, this.id << 16, this.#tag(OP_CALL))
   }
 
   /** Before a sleep: asks for kicks. Returns true when chains are waiting already. */

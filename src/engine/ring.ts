@@ -42,6 +42,19 @@ const EAGAIN = -11
 const EBUSY = -16
 const ETIME = -62
 
+/** What a write may do: be handed to io_uring, be durable when it completes, or be done directly while that doesn't block. */
+export const WRITE_PLAIN = 0
+export const WRITE_DSYNC = 1
+export const WRITE_BUFFERED = 2
+
+/** Entries for direct writes that the addon has. */
+const DIRECT_WRITES = 256
+/** A batch of direct writes that takes longer than this, beside its copying, has blocked: on dirty-page throttling or a journal. */
+const DIRECT_BLOCKED_MS = 3
+const DIRECT_BYTES_PER_MS = 256 * 1024
+/** How long they are left to the kernel's workers then. */
+const DIRECT_PAUSE_MS = 1000
+
 /** Receives completions; a method call, not a closure, so that it stays monomorphic. */
 export interface CompletionSink {
   /** @param low, high the two words of user_data */
@@ -54,8 +67,11 @@ export class IoRing {
   readonly capacity = COMPLETIONS - 256
   /** Operations submitted or prepared whose last completion hasn't been reaped. */
   inFlight = 0
-  /** Entries prepared since the last submission. */
-  pending = 0
+  /** Entries prepared since the last submission, direct writes included. */
+  get pending(): number {
+    return this.#submissions + this.#directTail - this.#directRun
+  }
+  #submissions = 0
   readonly #ring: NativeRing
   readonly #enter: () => number
   readonly #control: Int32Array
@@ -73,6 +89,14 @@ export class IoRing {
   readonly #vectors: Uint32Array
   readonly #vectorsAddress: number
   #vector = 0
+  // Direct writes: entries [0, #directReaped) are reported, up to #directRun executed, up to #directTail prepared.
+  readonly #direct: Uint32Array
+  #directReaped = 0
+  #directRun = 0
+  #directTail = 0
+  #directBytes = 0
+  /** Until when (performance.now()) writes go through the kernel's workers, since direct ones blocked. */
+  #directPause = 0
   // Fixed-file slots by fd, with a count of users.
   readonly #slots = new Map<number, { slot: number; users: number }>()
   readonly #freeSlots: number[] = []
@@ -98,6 +122,7 @@ export class IoRing {
     this.#cqMask = ring.cqEntries - 1
     this.#tail = this.#rings[this.#sqTail]!
     this.#head = this.#rings[this.#cqHead]!
+    this.#direct = new Uint32Array(ring.direct)
     this.#vectors = new Uint32Array(vectors.buffer)
     this.#vectorsAddress = vectors.address
     if (!emulate) for (let slot = 63; slot >= 0; slot--) this.#freeSlots.push(slot)
@@ -150,14 +175,14 @@ export class IoRing {
   submit(minComplete: number, timeoutUs: number): void {
     const control = this.#control
     for (;;) {
-      control[0] = this.pending
+      control[0] = this.#submissions
       control[1] = minComplete
       control[2] = IORING_ENTER_GETEVENTS
       control[3] = minComplete === 0 ? -1 : timeoutUs
-      const result = this.#enter()
+      const result = this.#directTail === this.#directRun ? this.#enter() : this.#enterDirect()
       if (result >= 0) {
-        this.pending -= result
-        if (this.pending === 0) {
+        this.#submissions -= result
+        if (this.#submissions === 0) {
           this.#vector = 0
           return
         }
@@ -175,8 +200,52 @@ export class IoRing {
     }
   }
 
+  /** One native call that also runs the direct writes. */
+  #enterDirect(): number {
+    const control = this.#control
+    const start = performance.now()
+    control[4] = this.#directRun
+    control[5] = this.#directTail - this.#directRun
+    const result = this.#enter()
+    control[5] = 0
+    this.#directRun = this.#directTail
+    const now = performance.now()
+    if (now - start > DIRECT_BLOCKED_MS + this.#directBytes / DIRECT_BYTES_PER_MS) this.#directPause = now + DIRECT_PAUSE_MS
+    this.#directBytes = 0
+    return result
+  }
+
+  #reapDirect(sink: CompletionSink): number {
+    const direct = this.#direct
+    const end = this.#directRun
+    const count = end - this.#directReaped
+    for (let i = this.#directReaped; i < end; i++) {
+      const at = i * SQE_WORDS
+      this.inFlight--
+      sink.completion(direct[at + 8]!, direct[at + 9]!, direct[at + 15]! | 0, 0)
+    }
+    this.#directReaped = end
+    // Completions may have prepared more behind `end`; the space is used again when all are through.
+    if (end === this.#directTail) this.#directReaped = this.#directRun = this.#directTail = 0
+    return count
+  }
+
+  /**
+   * Whether a buffered write is done by pwritev in the batch's native call instead of by io_uring, which hands every buffered write on a
+   * file system without non-blocking ones (ext4) to a kernel worker, at several times the price. It is, while such writes don't
+   * block: when dirty pages are throttled the workers take over for a while, so that other queues go on.
+   */
+  #writesDirectly(): boolean {
+    if (this.#directTail === DIRECT_WRITES) return false
+    if (this.#directPause === 0) return true
+    if (performance.now() < this.#directPause) return false
+    this.#directPause = 0
+    return true
+  }
+
   /** Hands every completion that is there to `sink`. Returns how many. */
   reap(sink: CompletionSink): number {
+    const written = this.#directRun > this.#directReaped ? this.#reapDirect(sink) : 0
     // ORDER: acquire, pairs with the kernel's release of the CQ tail: the entries before it are written.
     const tail = Atomics.load(this.#rings, this.#cqTail)
     let head = this.#head
@@ -195,7 +264,7 @@ export class IoRing {
       // ORDER: release, pairs with the kernel's acquire: the entries are read, it may overwrite them.
       Atomics.store(this.#rings, this.#cqHead, head)
     }
-    return count
+    return count + written
   }
 
   // ---- preparing entries. SAFETY: `address` is inside memory that stays mapped until the completion was reaped.
@@ -204,14 +273,16 @@ export class IoRing {
     this.#prepare(IORING_OP_READ, fd, slot, offset, address, length, 0, low, high)
   }
 
-  write(fd: number, slot: number, offset: number, address: number, length: number, dsync: boolean, low: number, high: number): void {
-    this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, dsync ? RWF_DSYNC : 0, low, high)
+  /** @param kind WRITE_PLAIN, WRITE_DSYNC or WRITE_BUFFERED */
+  write(fd: number, slot: number, offset: number, address: number, length: number, kind: number, low: number, high: number): void {
+    if (kind === WRITE_BUFFERED && this.#writesDirectly()) this.#prepareDirect(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
+    else this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
   /** Makes room for `count` vectors (≤ MAX_VECTORS); `vector` then adds them, and `readVector` or `writeVector` uses them. */
   beginVectors(count: number): void {
     // Also when the entry itself would not fit: a submission between the vectors and their entry would free them.
-    if (this.#vector + count > VECTORS || this.pending > this.#sqMask) this.#flush()
+    if (this.#vector + count > VECTORS || this.#submissions > this.#sqMask) this.#flush()
   }
 
   vector(address: number, length: number): void {
@@ -228,9 +299,11 @@ export class IoRing {
     this.#prepare(IORING_OP_READV, fd, slot, offset, vectors, count, 0, low, high)
   }
 
-  writeVector(fd: number, slot: number, offset: number, count: number, dsync: boolean, low: number, high: number): void {
+  /** @param bytes the sum of the vectors' lengths */
+  writeVector(fd: number, slot: number, offset: number, count: number, bytes: number, kind: number, low: number, high: number): void {
     const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
-    this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, dsync ? RWF_DSYNC : 0, low, high)
+    if (kind === WRITE_BUFFERED && this.#writesDirectly()) this.#prepareDirect(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
+    else this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
   fdatasync(fd: number, slot: number, low: number, high: number): void {
@@ -267,7 +340,7 @@ export class IoRing {
     low: number,
     high: number
   ): void {
-    if (this.pending > this.#sqMask) this.#flush()
+    if (this.#submissions > this.#sqMask) this.#flush()
     const sqes = this.#sqes
     const at = (this.#tail & this.#sqMask) * SQE_WORDS
     sqes[at] = slot < 0 ? opcode : opcode | (IOSQE_FIXED_FILE << 8)
@@ -282,16 +355,33 @@ export class IoRing {
     sqes[at + 9] = high
     // Words 10-15 (buf_index, personality, splice_fd, addr3) are never written: they stay zero.
     this.#tail = (this.#tail + 1) | 0
-    this.pending++
+    this.#submissions++
     this.inFlight++
     // ORDER: release, pairs with the kernel's acquire of the SQ tail in io_uring_enter, which is the barrier here.
     this.#rings[this.#sqTail] = this.#tail
   }
 
+  #prepareDirect(opcode: number, fd: number, offset: number, address: number, length: number, bytes: number, low: number, high: number): void {
+    const direct = this.#direct
+    const at = this.#directTail * SQE_WORDS
+    direct[at] = opcode
+    direct[at + 1] = fd
+    direct[at + 2] = offset >>> 0
+    direct[at + 3] = (offset / 0x1_0000_0000) >>> 0
+    direct[at + 4] = address >>> 0
+    direct[at + 5] = (address / 0x1_0000_0000) >>> 0
+    direct[at + 6] = length
+    direct[at + 8] = low
+    direct[at + 9] = high
+    this.#directTail++
+    this.#directBytes += bytes
+    this.inFlight++
+  }
+
   /** The submission ring or the vectors are full in the middle of a batch. */
   #flush(): void {
     this.submit(0, -1)
-    if (this.pending > 0) throw new Error('io_uring takes no entries although the completion ring has room')
+    if (this.#submissions > 0) throw new Error('io_uring takes no entries although the completion ring has room')
   }
 
   #cqReady(): boolean {
@@ -300,7 +390,7 @@ export class IoRing {
 
   #recountPending(): void {
     const consumed = Atomics.load(this.#rings, this.#ring.sqHead / 4)
-    this.pending = (this.#tail - consumed) | 0
-    if (this.pending === 0) this.#vector = 0
+    this.#submissions = (this.#tail - consumed) | 0
+    if (this.#submissions === 0) this.#vector = 0
   }
 }

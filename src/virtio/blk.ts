@@ -118,7 +118,7 @@ export function decodeBlkConfig(bytes: Uint8Array, features: bigint = ~0n & 0xff
     ...(has(VIRTIO_BLK_F_SIZE_MAX, 12) && { sizeMax: u32(VIRTIO_BLK_CONFIG_SIZE_MAX) }),
     ...(has(VIRTIO_BLK_F_SEG_MAX, 16) && { segMax: u32(VIRTIO_BLK_CONFIG_SEG_MAX) }),
     ...(has(VIRTIO_BLK_F_GEOMETRY, 20) && {
-      geometry: { cylinders: u16(16), heads: view.getUint8(18), sectors: view.getUint8(19) }
+      geometry: { cylinders: u16(16), heads: view.getUint8(18), sectors: view.getUint8(19) },
     }),
     ...(has(VIRTIO_BLK_F_BLK_SIZE, 24) && { blkSize: u32(VIRTIO_BLK_CONFIG_BLK_SIZE) }),
     ...(has(VIRTIO_BLK_F_TOPOLOGY, 32) && {
@@ -126,8 +126,8 @@ export function decodeBlkConfig(bytes: Uint8Array, features: bigint = ~0n & 0xff
         physicalBlockExp: view.getUint8(VIRTIO_BLK_CONFIG_PHYSICAL_BLOCK_EXP),
         alignmentOffset: view.getUint8(VIRTIO_BLK_CONFIG_ALIGNMENT_OFFSET),
         minIoSize: u16(VIRTIO_BLK_CONFIG_MIN_IO_SIZE),
-        optIoSize: u32(VIRTIO_BLK_CONFIG_OPT_IO_SIZE)
-      }
+        optIoSize: u32(VIRTIO_BLK_CONFIG_OPT_IO_SIZE),
+      },
     }),
     ...(has(VIRTIO_BLK_F_CONFIG_WCE, 33) && { wce: view.getUint8(VIRTIO_BLK_CONFIG_WCE) }),
     ...(has(VIRTIO_BLK_F_MQ, 36) && { numQueues: u16(VIRTIO_BLK_CONFIG_NUM_QUEUES) }),
@@ -135,22 +135,22 @@ export function decodeBlkConfig(bytes: Uint8Array, features: bigint = ~0n & 0xff
       discard: {
         maxSectors: u32(VIRTIO_BLK_CONFIG_MAX_DISCARD_SECTORS),
         maxSegments: u32(VIRTIO_BLK_CONFIG_MAX_DISCARD_SEG),
-        sectorAlignment: u32(VIRTIO_BLK_CONFIG_DISCARD_SECTOR_ALIGNMENT)
-      }
+        sectorAlignment: u32(VIRTIO_BLK_CONFIG_DISCARD_SECTOR_ALIGNMENT),
+      },
     }),
     ...(has(VIRTIO_BLK_F_WRITE_ZEROES, 57) && {
       writeZeroes: {
         maxSectors: u32(VIRTIO_BLK_CONFIG_MAX_WRITE_ZEROES_SECTORS),
         maxSegments: u32(VIRTIO_BLK_CONFIG_MAX_WRITE_ZEROES_SEG),
-        mayUnmap: view.getUint8(VIRTIO_BLK_CONFIG_WRITE_ZEROES_MAY_UNMAP) !== 0
-      }
+        mayUnmap: view.getUint8(VIRTIO_BLK_CONFIG_WRITE_ZEROES_MAY_UNMAP) !== 0,
+      },
     }),
     ...(has(VIRTIO_BLK_F_SECURE_ERASE, 72) && {
       secureErase: {
         maxSectors: u32(VIRTIO_BLK_CONFIG_MAX_SECURE_ERASE_SECTORS),
         maxSegments: u32(VIRTIO_BLK_CONFIG_MAX_SECURE_ERASE_SEG),
-        sectorAlignment: u32(VIRTIO_BLK_CONFIG_SECURE_ERASE_SECTOR_ALIGNMENT)
-      }
-    })
+        sectorAlignment: u32(VIRTIO_BLK_CONFIG_SECURE_ERASE_SECTOR_ALIGNMENT),
+      },
+    }),
   }
 }

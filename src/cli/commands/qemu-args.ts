@@ -7,7 +7,7 @@ import { resolve } from 'node:path'
 import * as v from 'valibot'
 import { configFromFlags, type DeviceConfig, loadConfig } from '../../daemon/config.ts'
 import { deviceNames, devices } from '../../daemon/devices.ts'
-import { checkValues, optionsOf } from '../../daemon/option-table.ts'
+import { checkValues } from '../../daemon/option-table.ts'
 import { daemonOptions, listenerOptions } from '../../daemon/options.ts'
 import { formatQemuArguments, type QemuAttachment, qemuArguments } from '../../daemon/qemu-args.ts'
 import { ConfigError, type DeviceHost, type FileInfo } from '../../device/index.ts'
@@ -96,7 +96,7 @@ export async function attachment({ name, definition, options, socket }: DeviceCo
 const ignore = (): void => {}
 
 /** What a device sees of a host that only looks: no locks, no probing of the file. */
-const observer: DeviceHost = {
+export const observer: DeviceHost = {
   log: { debug: ignore, info: ignore, warn: ignore, error: ignore },
   fileInfo: (fd): FileInfo => {
     const stat = fstatSync(fd)
@@ -109,6 +109,3 @@ const observer: DeviceHost = {
   fallocate: () => 0,
   configChanged: ignore,
 }
-
-/** The options of both forms, for the documentation. */
-export const qemuArgsOptions = optionsOf(guestOptions)

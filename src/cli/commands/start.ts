@@ -4,13 +4,13 @@
  */
 import { closeSync, ftruncateSync, openSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { basename, join, resolve } from 'node:path'
+import { join, relative, resolve } from 'node:path'
 import * as v from 'valibot'
 import { configFromFlags, type DaemonConfig } from '../../daemon/config.ts'
 import { devices } from '../../daemon/devices.ts'
 import { checkValues } from '../../daemon/option-table.ts'
 import { daemonOptions, MAX_SOCKET_PATH } from '../../daemon/options.ts'
-import { formatQemuArguments, qemuArguments } from '../../daemon/qemu-args.ts'
+import { formatQemuArguments, qemuArguments, shellQuote } from '../../daemon/qemu-args.ts'
 import { ConfigError } from '../../device/errors.ts'
 import type { Command } from '../command.ts'
 import { attachment } from './qemu-args.ts'
@@ -137,6 +137,7 @@ function welcome(
   if (metricsUrl?.startsWith('unix:') === true) {
     lines.push(`  curl -s --unix-socket ${metricsUrl.slice(5)} http://localhost/metrics | grep virtiod_`)
   }
-  lines.push(`  npx virtiod probe ${basename(path)}`, '', 'Stop it with ^C.', '')
+  const here = relative(process.cwd(), path)
+  lines.push(`  npx virtiod probe ${shellQuote(here.startsWith('..') ? path : here)}`, '', 'Stop it with ^C.', '')
   return lines.join('\n')
 }
