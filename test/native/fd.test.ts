@@ -1,0 +1,212 @@
+import { closeSync, constants, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, describe, expect, it } from 'vitest'
+import { native } from '../../src/native.ts'
+import { EAGAIN, EBADF, EINVAL, fdOf, openFds } from './support.ts'
+
+const directory = mkdtempSync(join(tmpdir(), 'virtiod-fd-'))
+afterAll(() => rmSync(directory, { recursive: true, force: true }))
+
+/** FD_CLOEXEC as /proc shows it (octal 02000000). */
+function closesOnExec(fd: number): boolean {
+  const flags = /flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8'))?.[1] ?? '0'
+  return (Number.parseInt(flags, 8) & 0o2000000) !== 0
+}
+
+describe('close and dup', () => {
+  it('duplicates with FD_CLOEXEC and closes', () => {
+    const before = openFds()
+    const fd = fdOf(native.eventfd(0), 'eventfd')
+    const copy = fdOf(native.dup(fd), 'dup')
+    expect(copy).not.toBe(fd)
+    expect(closesOnExec(fd)).toBe(true)
+    expect(closesOnExec(copy)).toBe(true)
+    expect(native.close(fd)).toBe(0)
+    expect(native.close(copy)).toBe(0)
+    expect(openFds()).toEqual(before)
+  })
+
+  it('answers -EBADF for what is not open', () => {
+    expect(native.close(-1)).toBe(-EBADF)
+    expect(native.close(99_999)).toBe(-EBADF)
+    expect(native.dup(99_999)).toBe(-EBADF)
+    expect(native.setNonblock(99_999, true)).toBe(-EBADF)
+    expect(native.fdInfo(99_999, new Float64Array(8))).toBe(-EBADF)
+  })
+
+  it('throws a TypeError for an argument of the wrong type', () => {
+    const loose = native as unknown as Record<string, (...args: unknown[]) => unknown>
+    for (const [name, args] of [
+      ['close', ['1']],
+      ['close', [1.5]],
+      ['close', [2 ** 31]],
+      ['close', [Number.NaN]],
+      ['close', []],
+      ['dup', [null]],
+      ['setNonblock', [1, 1]],
+      ['fdInfo', [1, new Float64Array(7)]],
+      ['fdInfo', [1, new Float32Array(8)]],
+      ['eventfdWrite', [1, 0]],
+      ['eventfdWrite', [1, 2 ** 53]],
+      ['memfd', [1, 1, 1]],
+      ['socketpair', [new Int32Array(1)]],
+      ['createWatcher', [1]],
+      ['ringSetup', [0, 1, true]],
+    ] as const) {
+      expect(() => loose[name]?.(...args), `${name}(${String(args)})`).toThrow(TypeError)
+    }
+  })
+})
+
+describe('setNonblock', () => {
+  it('sets and clears O_NONBLOCK', () => {
+    const fd = fdOf(native.eventfd(0), 'eventfd')
+    const out = new Float64Array(8)
+    const nonblocking = () => {
+      native.fdInfo(fd, out)
+      return ((out[6] ?? 0) & constants.O_NONBLOCK) !== 0
+    }
+    expect(nonblocking()).toBe(true)
+    expect(native.setNonblock(fd, false)).toBe(0)
+    expect(nonblocking()).toBe(false)
+    expect(native.setNonblock(fd, true)).toBe(0)
+    expect(nonblocking()).toBe(true)
+    native.close(fd)
+  })
+})
+
+describe('fdInfo', () => {
+  it('describes a file', () => {
+    const path = join(directory, 'disk')
+    const fd = openSync(path, 'w+')
+    expect(native.fallocate(fd, 0, 0, 12_345)).toBe(0)
+    const out = new Float64Array(8).fill(-1)
+    expect(native.fdInfo(fd, out)).toBe(0)
+    expect((out[0] ?? 0) & constants.S_IFMT).toBe(constants.S_IFREG)
+    expect(out[1]).toBe(12_345)
+    expect(out[2]).toBeGreaterThanOrEqual(512)
+    expect(out[3]).toBe(512)
+    expect(out[4]).toBeGreaterThanOrEqual(0)
+    expect(out[5]).toBeGreaterThanOrEqual(0)
+    expect((out[6] ?? 0) & constants.O_RDWR).toBe(constants.O_RDWR)
+    expect(out[7]).toBe(0)
+    closeSync(fd)
+  })
+
+  it('describes what is no file', () => {
+    const fd = openSync('/dev/null', 'r')
+    const out = new Float64Array(8)
+    expect(native.fdInfo(fd, out)).toBe(0)
+    expect((out[0] ?? 0) & constants.S_IFMT).toBe(constants.S_IFCHR)
+    closeSync(fd)
+  })
+})
+
+describe('eventfd', () => {
+  it('counts', () => {
+    const fd = fdOf(native.eventfd(3), 'eventfd')
+    expect(native.eventfdRead(fd)).toBe(3)
+    expect(native.eventfdRead(fd)).toBe(-EAGAIN)
+    expect(native.eventfdWrite(fd, 2 ** 53 - 1)).toBe(0)
+    expect(native.eventfdWrite(fd, 0 + 1)).toBe(0)
+    expect(native.eventfdRead(fd)).toBe(2 ** 53)
+    native.close(fd)
+  })
+
+  it('never sleeps, not even in an eventfd without O_NONBLOCK', () => {
+    const fd = fdOf(native.eventfd(0), 'eventfd')
+    native.setNonblock(fd, false)
+    expect(native.eventfdRead(fd)).toBe(-EAGAIN)
+    for (let i = 0; i < 2048; i++) native.eventfdWrite(fd, 2 ** 53 - 1)
+    // 2^64 - 2 - 2048 * (2^53 - 1) = 2046 are left
+    expect(native.eventfdWrite(fd, 2046)).toBe(0)
+    expect(native.eventfdWrite(fd, 1)).toBe(-EAGAIN)
+    native.close(fd)
+  })
+
+  it('is refused when it is something else', () => {
+    const fd = fdOf(native.memfd('x', 4, 0), 'memfd')
+    expect(native.eventfdRead(fd)).toBe(-EINVAL)
+    expect(native.eventfdWrite(99_999, 1)).toBe(-EBADF)
+    expect(native.eventfdRead(99_999)).toBe(-EBADF)
+    native.close(fd)
+  })
+})
+
+describe('pollIn', () => {
+  it('tells readable, timed out and not open', () => {
+    const fd = fdOf(native.eventfd(0), 'eventfd')
+    expect(native.pollIn(fd, 0)).toBe(0)
+    const start = performance.now()
+    expect(native.pollIn(fd, 20)).toBe(0)
+    expect(performance.now() - start).toBeGreaterThan(15)
+    native.eventfdWrite(fd, 1)
+    expect(native.pollIn(fd, -1)).toBe(1)
+    native.close(fd)
+    expect(native.pollIn(99_999, 0)).toBe(-EBADF)
+  })
+})
+
+describe('memfd', () => {
+  it('has the size asked for and FD_CLOEXEC', () => {
+    const fd = fdOf(native.memfd('guest', 3 * 4096, 0), 'memfd')
+    const out = new Float64Array(8)
+    native.fdInfo(fd, out)
+    expect(out[1]).toBe(3 * 4096)
+    expect(closesOnExec(fd)).toBe(true)
+    native.close(fd)
+  })
+
+  it('refuses a huge page size that is no power of two, and leaks nothing when it fails', () => {
+    const before = openFds()
+    expect(native.memfd('guest', 4096, 3)).toBe(-EINVAL)
+    expect(native.memfd('x'.repeat(300), 4096, 0)).toBe(-EINVAL)
+    expect(native.memfd('guest', 4096, 8192)).toBeLessThan(0)
+    // ftruncate fails after memfd_create: not a multiple of the huge page
+    expect(native.memfd('guest', 4096, 2 ** 21)).toBeLessThan(0)
+    expect(openFds()).toEqual(before)
+  })
+
+  it('makes huge pages', ({ skip }) => {
+    const fd = native.memfd('guest', 2 ** 22, 2 ** 21)
+    if (fd < 0) skip('this kernel has no hugetlbfs')
+    const out = new Float64Array(8)
+    expect(native.fdInfo(fd, out)).toBe(0)
+    expect(out[2]).toBe(2 ** 21)
+    expect(native.mapFile(fd, 0, 2 ** 20, 0, 2 ** 20)).toBe(-EINVAL)
+    native.close(fd)
+  })
+})
+
+describe('lockFile', () => {
+  it('excludes other open file descriptions', () => {
+    const path = join(directory, 'locked')
+    const [a, b] = [openSync(path, 'w+'), openSync(path, 'r+')]
+    expect(native.lockFile(a, true)).toBe(0)
+    expect(native.lockFile(a, true)).toBe(0)
+    expect(native.lockFile(b, true)).toBe(-EAGAIN)
+    expect(native.lockFile(b, false)).toBe(-EAGAIN)
+    closeSync(a)
+    expect(native.lockFile(b, false)).toBe(0)
+    const c = openSync(path, 'r')
+    expect(native.lockFile(c, false)).toBe(0)
+    expect(native.lockFile(c, true)).toBe(-EBADF)
+    closeSync(b)
+    closeSync(c)
+  })
+})
+
+describe('fallocate', () => {
+  it('punches holes', () => {
+    const fd = openSync(join(directory, 'holes'), 'w+')
+    expect(native.fallocate(fd, 0, 0, 65_536)).toBe(0)
+    expect(native.fallocate(fd, 3, 0, 65_536)).toBe(0) // PUNCH_HOLE | KEEP_SIZE
+    const out = new Float64Array(8)
+    native.fdInfo(fd, out)
+    expect(out[1]).toBe(65_536)
+    expect(native.fallocate(fd, 0, 0, 0)).toBe(-EINVAL)
+    closeSync(fd)
+    expect(native.fallocate(99_999, 0, 0, 1)).toBe(-EBADF)
+  })
+})
