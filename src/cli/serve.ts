@@ -1,7 +1,7 @@
 /**
- * Runs a daemon until a signal ends it: SIGTERM and SIGINT close it (drain, remove sockets), a second one leaves at once,
- * SIGHUP looks at the backing files again. It also serves /metrics and /healthz when the configuration says so. It must
- * not know where the configuration came from.
+ * Runs a daemon until a signal ends it: SIGTERM and SIGINT close it (drain, remove sockets; ten seconds at most), a
+ * second one leaves at once, SIGHUP looks at the backing files again. It also serves /metrics and /healthz when the
+ * configuration says so. It must not know where the configuration came from.
  */
 import type { DaemonConfig } from '../daemon/config.ts'
 import { Daemon } from '../daemon/daemon.ts'
@@ -14,6 +14,12 @@ export interface ServeHooks {
   ready?(metricsUrl: string | undefined): void
 }
 
+/** A disk that hangs keeps its requests in flight: who asked us to stop does not wait for it for ever. In milliseconds. */
+const STOP_LIMIT_MS = 10_000
+
+/** How long iothreads get to end when there is no waiting for their requests. In milliseconds. */
+const LEAVE_LIMIT_MS = 1000
+
 /** npm, timeout(1) and terminals may deliver one wish twice, to the process and to its group. In milliseconds. */
 const SAME_SIGNAL_MS = 300
 
@@ -23,13 +29,14 @@ const SAME_SIGNAL_MS = 300
  */
 export async function serve(config: DaemonConfig, log: Logger, hooks: ServeHooks = {}): Promise<number> {
   const stopped = Promise.withResolvers<number>()
-  const signals = listenToSignals(log, (code) => stopped.resolve(code))
+  let daemon: Daemon | undefined
+  const abandon = () => leave(daemon)
+  const signals = listenToSignals(log, (code) => stopped.resolve(code), abandon)
   // A bug in one place must not leave guests with a half-dead disk: say it and end, the supervisor starts us again.
   process.on('uncaughtException', (error) => {
     log.fatal({ err: error }, 'internal error')
-    process.exit(EXIT_FAILURE)
+    abandon()
   })
-  let daemon: Daemon | undefined
   let operations: OperationsServer | undefined
   try {
     operations = await startOperations(config, () => daemon)
@@ -42,6 +49,15 @@ export async function serve(config: DaemonConfig, log: Logger, hooks: ServeHooks
     await operations?.close()
     await daemon?.close()
   }
+}
+
+/**
+ * Ends the process with EXIT_FAILURE, whatever is in flight. Node joins its workers when it exits, so the iothreads have to end first;
+ * one that hangs in the kernel cannot, and then only SIGKILL helps.
+ */
+function leave(daemon: Daemon | undefined): void {
+  setTimeout(() => process.kill(process.pid, 'SIGKILL'), LEAVE_LIMIT_MS)
+  void Promise.resolve(daemon?.abandon()).then(() => process.exit(EXIT_FAILURE))
 }
 
 /** The address is taken before any socket is bound: a taken port ends the start while there is nothing to undo. */
@@ -63,7 +79,11 @@ async function startOperations(
   })
 }
 
-function listenToSignals(log: Logger, stop: (code: number) => void): { onHangup(handler: () => void): void } {
+function listenToSignals(
+  log: Logger,
+  stop: (code: number) => void,
+  abandon: () => void
+): { onHangup(handler: () => void): void } {
   let stoppingSince: number | undefined
   let hangup: (() => void) | undefined
   for (const signal of ['SIGTERM', 'SIGINT'] as const) {
@@ -71,11 +91,16 @@ function listenToSignals(log: Logger, stop: (code: number) => void): { onHangup(
       if (stoppingSince !== undefined) {
         if (performance.now() - stoppingSince < SAME_SIGNAL_MS) return
         log.warn({ signal }, 'second signal: leaving at once')
-        process.exit(EXIT_FAILURE)
+        abandon()
+        return
       }
       stoppingSince = performance.now()
       log.info({ signal }, 'stopping')
       stop(EXIT_OK)
+      setTimeout(() => {
+        log.fatal({}, `requests are still in flight after ${STOP_LIMIT_MS / 1000} s: leaving without them`)
+        abandon()
+      }, STOP_LIMIT_MS).unref()
     })
   }
   process.on('SIGHUP', () => hangup?.())

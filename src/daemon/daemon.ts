@@ -100,6 +100,11 @@ export class Daemon {
     return this.#closed
   }
 
+  /** Stops the iothreads at once, whatever is in flight: the process has to end right after it. Resolves when they have ended; one that hangs in the kernel never does. */
+  abandon(): Promise<void> {
+    return this.#pool.abandon()
+  }
+
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }

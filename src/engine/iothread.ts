@@ -238,6 +238,9 @@ export class Iothread implements CompletionSink, QueueOwner {
       case 'stop':
         this.#stopped = true
         return this.#done(id, 0)
+      case 'abandon':
+        this.#stopped = true
+        return
     }
   }
 

@@ -48,6 +48,8 @@ export type Request =
   | { readonly kind: 'endSession'; readonly session: number }
   | { readonly kind: 'ping' }
   | { readonly kind: 'stop' }
+  /** Ends at once, whatever is in flight; the process is about to end. Not answered. */
+  | { readonly kind: 'abandon' }
 
 /** A request and the number that its answer carries. */
 export interface Envelope {

@@ -77,7 +77,7 @@ export class IothreadHandle {
       }
     })
     let died = false
-    const died1 = (error: unknown) => {
+    const die = (error: unknown) => {
       if (died) return
       died = true
       ready.reject(error)
@@ -85,10 +85,10 @@ export class IothreadHandle {
       this.#pending.clear()
       onDeath(error)
     }
-    this.#worker.on('error', died1)
+    this.#worker.on('error', die)
     this.#exited = new Promise((resolve) => {
       this.#worker.on('exit', (code) => {
-        if (code !== 0) died1(new Error(`iothread ${index} ended with ${code}`))
+        if (code !== 0) die(new Error(`iothread ${index} ended with ${code}`))
         resolve()
       })
     })
@@ -133,6 +133,12 @@ export class IothreadHandle {
     native.close(this.#wakeFd)
   }
 
+  /** Ends it at once, whatever is in flight. Without this the process could not exit: Node joins its workers, and one that sleeps in the kernel doesn't hear it. */
+  async abandon(): Promise<void> {
+    this.request({ kind: 'abandon' }).catch(() => {})
+    await this.#exited
+  }
+
   #answer(id: number) {
     const pending = this.#pending.get(id)
     this.#pending.delete(id)
@@ -168,6 +174,10 @@ export class IothreadPool {
 
   async close(): Promise<void> {
     await Promise.all(this.threads.map((thread) => thread.close()))
+  }
+
+  async abandon(): Promise<void> {
+    await Promise.all(this.threads.map((thread) => thread.abandon()))
   }
 }
 

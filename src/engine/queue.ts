@@ -21,6 +21,7 @@ export const OP_WAKE = 3
 export const OP_CANCEL = 4
 
 const EAGAIN = -11
+const EALREADY = -114
 
 /** Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on the first results while we do the next. */
 const BATCH = 64
@@ -215,6 +216,12 @@ export class Queue implements QueueContext {
           this.call()
         }
         return
+      case OP_CANCEL:
+        // -ENOENT: the poll ended by itself, its completion tells. -EALREADY: it was busy, so again.
+        if (result !== EALREADY || high >>> 8 !== this.#generation || !this.#kickArmed) return
+        this.#kickCancelled = false
+        this.#cancelKick()
+        return
     }
   }
 
@@ -258,7 +265,7 @@ export class Queue implements QueueContext {
   #cancelKick(): void {
     if (!this.#kickArmed || this.#kickCancelled) return
     this.#kickCancelled = true
-    this.#owner.ring.pollRemove(this.#kickFd, this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL))
+    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL))
   }
 
   #kickEnded(result: number): void {

@@ -10,7 +10,7 @@ const IORING_OP_READV = 1
 const IORING_OP_WRITEV = 2
 const IORING_OP_FSYNC = 3
 const IORING_OP_POLL_ADD = 6
-const IORING_OP_POLL_REMOVE = 7
+const IORING_OP_ASYNC_CANCEL = 14
 const IORING_OP_FALLOCATE = 17
 const IORING_OP_READ = 22
 const IORING_OP_WRITE = 23
@@ -320,9 +320,12 @@ export class IoRing {
     this.#prepare(IORING_OP_POLL_ADD, fd, -1, 0, 0, IORING_POLL_ADD_MULTI, POLLIN, low, high)
   }
 
-  /** Ends the poll whose user_data is (pollLow, pollHigh). */
-  pollRemove(fd: number, pollLow: number, pollHigh: number, low: number, high: number): void {
-    this.#prepare(IORING_OP_POLL_REMOVE, fd, -1, 0, pollLow + pollHigh * 0x1_0000_0000, 0, 0, low, high)
+  /**
+   * Ends the poll whose user_data is (pollLow, pollHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which leaves a poll alone (-EALREADY) that has just
+   * been woken.
+   */
+  cancel(pollLow: number, pollHigh: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_ASYNC_CANCEL, -1, -1, 0, pollLow + pollHigh * 0x1_0000_0000, 0, 0, low, high)
   }
 
   close(): void {

@@ -243,7 +243,8 @@ class Run {
       if (count > 0) {
         // The clock is read in step; here only every so often.
         idle = 0
-        if (this.#mode === 'poll' && (this.#sinceCheck += count) < 64) continue
+        this.#sinceCheck += count
+        if (this.#mode === 'poll' && this.#sinceCheck < 64) continue
       } else if (this.#mode === 'irq') {
         this.#sleep()
       } else if (++idle < 256) {

@@ -261,17 +261,23 @@ export class Session {
     const old = ring.kickFd
     ring.kickFd = fd
     ring.kicked = true
-    if (ring.started) await this.host.setKick(ring.index, fd)
-    else await this.#startIfReady(ring)
-    closeFd(old)
+    try {
+      if (ring.started) await this.host.setKick(ring.index, fd)
+      else await this.#startIfReady(ring)
+    } finally {
+      closeFd(old)
+    }
   }
 
   async setVringCall(payload: bigint, fds: number[]): Promise<void> {
     const { ring, fd } = this.#vringFd(payload, fds)
     const old = ring.callFd
     ring.callFd = fd
-    if (ring.started) await this.host.setCall(ring.index, fd)
-    closeFd(old)
+    try {
+      if (ring.started) await this.host.setCall(ring.index, fd)
+    } finally {
+      closeFd(old)
+    }
   }
 
   setVringErr(payload: bigint, fds: number[]): void {

@@ -31,26 +31,25 @@ const description =
   'Print the QEMU arguments that attach what is served: shared guest memory, and a chardev and a device for each. Give the ' +
   'flags or the file that serve it; it works beside the running daemon.'
 
-/** @param args decide between the two forms: a device type comes first, or a file */
+/** @param args decide between the two forms: a file, or a device type (unsaid: the first of the registry) and its flags */
 export async function qemuArgsCommand(args: readonly string[]): Promise<Command> {
-  const type = deviceNames.find((name) => name === args[0])
+  const named = deviceNames.find((name) => name === args[0])
+  const flagsOnly = args.some((arg) => /^--(socket-path|fd)(=|$)/.test(arg))
+  const type = named ?? (flagsOnly ? deviceNames[0] : undefined)
   const guest = { title: 'Guest options', table: guestOptions }
   if (type === undefined) {
     return {
       name: 'qemu-args',
       description,
-      usage: [
-        'CONFIG [--memory SIZE]',
-        ...deviceNames.map((name) => `${name} FLAGS OF virtiod ${name} [--memory SIZE]`),
-      ],
-      positionals: [{ name: 'CONFIG', description: 'a YAML or JSON file, or a device type and its flags' }],
+      usage: ['CONFIG [--memory SIZE]', ...deviceNames.map((name) => `[${name}] FLAGS [--memory SIZE]`)],
+      positionals: [{ name: 'CONFIG', description: 'a YAML or JSON file, or the flags of a device command' }],
       scopes: [guest],
       run: async ({ values, positionals }) => print((await loadConfig(positionals[0]!)).devices, values),
     }
   }
   const definition = await devices[type]!.load()
   return {
-    name: `qemu-args ${type}`,
+    name: named === undefined ? 'qemu-args' : `qemu-args ${type}`,
     description,
     usage: ['--socket-path PATH [options]'],
     positionals: [],

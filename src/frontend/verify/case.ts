@@ -23,6 +23,7 @@ export interface VerifyCase {
   /** It writes to the disk or to the config space: not run with --read-only or on a read-only disk. */
   readonly writes?: boolean
   /** Passes by returning (a string is a remark for the line), fails by throwing, skips by throwing {@link Skip}. */
+  // biome-ignore lint/suspicious/noConfusingVoidType: a case that has no remark just ends
   run(context: VerifyContext): string | undefined | void
 }
 

@@ -95,17 +95,28 @@ export async function verify(socketPath: string, options: VerifyOptions = {}): P
   const facts = { ...found, readOnly: found.readOnly || options.readOnly === true }
   const program = (pid !== undefined && describePeer(pid)?.program) || 'unknown'
   const context = new VerifyContext(socketPath, facts, timeoutMs, options.seed ?? 1)
-  const writable = !facts.readOnly
+  let writable = !facts.readOnly
   const chosen = (options.cases ?? [...CASES, ...(options.hostile === true ? hostileCases : [])]).filter(
     (one) =>
       options.filter === undefined ||
       options.filter.length === 0 ||
       options.filter.some((word) => one.name.includes(word))
   )
-  let saved = writable && chosen.some((one) => !one.name.startsWith('hostile/')) ? readArea(context) : undefined
   const results: CaseResult[] = []
+  let saved: Uint8Array | undefined
   let restoreError: string | undefined
   let gone = false
+  if (writable && chosen.some((one) => !one.name.startsWith('hostile/'))) {
+    const saving = runCase(context, SAVE_CASE, true, program, () => {
+      saved = readArea(context)
+    })
+    // Without a copy nothing may be written.
+    if (saving.outcome === 'FAIL') {
+      writable = false
+      results.push(saving)
+      options.progress?.(formatCase(saving), saving)
+    }
+  }
   try {
     for (const one of chosen) {
       if (options.signal?.aborted === true) break
@@ -137,7 +148,7 @@ export async function verify(socketPath: string, options: VerifyOptions = {}): P
     knownFaults: known,
     restored: restoreError === undefined,
     ...(restoreError !== undefined && { restoreError }),
-    aborted: results.length < chosen.length,
+    aborted: results.filter((one) => one.name !== SAVE_CASE.name).length < chosen.length,
   }
 }
 
@@ -169,7 +180,14 @@ export function formatSummary(result: VerifyResult): string {
   return lines.join('\n')
 }
 
-function runCase(context: VerifyContext, one: VerifyCase, writable: boolean, program: string): CaseResult {
+/** @param run what to run instead of the case's own */
+function runCase(
+  context: VerifyContext,
+  one: VerifyCase,
+  writable: boolean,
+  program: string,
+  run: VerifyCase['run'] = one.run
+): CaseResult {
   const from = performance.now()
   const base = { name: one.name, title: one.title, spec: one.spec }
   const ms = (): number => Math.round(performance.now() - from)
@@ -177,7 +195,7 @@ function runCase(context: VerifyContext, one: VerifyCase, writable: boolean, pro
     return { ...base, outcome: 'SKIP', detail: 'it writes, and the disk is read-only or to be left alone', ms: 0 }
   let abrupt = false
   try {
-    const remark = one.run(context)
+    const remark = run(context)
     return {
       ...base,
       outcome: 'PASS',
@@ -266,6 +284,13 @@ function discover(socketPath: string, timeoutMs: number): { facts: DiskFacts; pi
 
 const CHUNK = 65536
 
+const SAVE_CASE: VerifyCase = {
+  name: 'data/save',
+  title: 'the end of the disk can be read, so that it can be restored (otherwise nothing is written)',
+  spec: 'virtio 1.3 §5.2.6',
+  run: () => undefined,
+}
+
 function readArea(context: VerifyContext): Uint8Array {
   const { bytes } = context.facts.area
   const saved = new Uint8Array(bytes)
@@ -292,6 +317,7 @@ function restore(context: VerifyContext, saved: Uint8Array): string | undefined 
 function transfer(context: VerifyContext, bytes: number, each: (blk: BlkDriver, at: number) => void): void {
   using session = Session.open(context.socketPath, { timeoutMs: context.timeoutMs })
   const blk = new BlkDriver(session.queue(0), session.memory)
+  blk.timeoutMs = context.timeoutMs
   for (let at = 0; at < bytes; at += CHUNK) each(blk, at)
   if (context.has(9)) blk.flush()
 }
