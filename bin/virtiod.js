@@ -3,11 +3,13 @@
  * The launcher. Old JavaScript on purpose, and nothing imported before the check: with a Node that is too old, virtiod's
  * own files don't even parse.
  */
-var major = parseInt(process.versions.node, 10)
+var version = process.versions.node.split('.')
+var major = Number(version[0])
 
-if (major < 24) {
+// Shared memory that is mapped from outside (node_api_create_external_sharedarraybuffer) came with 24.16.
+if (major < 24 || (major === 24 && Number(version[1]) < 16)) {
   process.stderr.write(
-    'virtiod: it needs Node 24 or newer, and this is ' +
+    'virtiod: it needs Node 24.16 or newer, and this is ' +
       process.version +
       '. Install one from https://nodejs.org; ' +
       'in a checkout "npm install" brings one along, and "npm start" and "npm run virtiod -- ..." use it.\n'

@@ -24,7 +24,9 @@ export interface NativeMapping {
 
 /** What {@link Native.ringSetup} returns: an io_uring (or its emulation by plain system calls), mapped. */
 export interface NativeRing {
-  /** The ring's fd; for the emulation the fd of its epoll instance. Either is readable when completions can be reaped. */
+  /**
+   * The ring's fd; for the emulation the fd of its epoll instance. Either is readable when completions can be reaped.
+   */
   readonly fd: number
   /** The submission and completion ring (IORING_FEAT_SINGLE_MMAP). All offsets below are byte offsets into it. */
   readonly rings: SharedArrayBuffer
@@ -46,29 +48,39 @@ export interface NativeRing {
   /**
    * The arguments of `enter`, so that a call on the hot path passes none (48 ns for three arguments, 15 ns for none):
    * Int32 words 0 = to_submit, 1 = min_complete, 2 = flags (IORING_ENTER_*), 3 = timeout in microseconds (-1 = none,
-   * 0 = don't wait: min_complete counts as 0, so that is never -ETIME). A timeout matters only with IORING_ENTER_GETEVENTS.
+   * 0 = don't wait: min_complete counts as 0, so that is never -ETIME). A timeout matters only with
+   * IORING_ENTER_GETEVENTS.
    */
   readonly control: SharedArrayBuffer
   /**
-   * Writes that `enter` runs at once by pwritev(2), behind the submission, without waiting for anything else: 256 entries laid out as
-   * submission entries (WRITE or WRITEV; fd, offset, address, length), named by words 4 (first) and 5 (count) of `control`. The last
-   * word of an entry takes its result, bytes or -errno.
+   * Writes that `enter` runs at once by pwritev(2), behind the submission, without waiting for anything else: 256
+   * entries laid out as submission entries (WRITE or WRITEV; fd, offset, address, length), named by words 4 (first)
+   * and 5 (count) of `control`. The last word of an entry takes its result, bytes or -errno.
    */
   readonly direct: SharedArrayBuffer
   /**
-   * io_uring_enter(2) with the arguments in `control`. Returns the number of entries consumed, or -errno (-ETIME when the
-   * timeout passed, -EINTR). As in the kernel, entries consumed, or completions that are there though fewer than asked for,
-   * hide an error of the wait: look at the queue, not at the result. The emulation stops consuming (0 at the least) while the
-   * completion queue is full. After `close` it is -EBADF.
+   * io_uring_enter(2) with the arguments in `control`. Returns the number of entries consumed, or -errno (-ETIME when
+   * the timeout passed, -EINTR). As in the kernel, entries consumed, or completions that are there though fewer than
+   * asked for, hide an error of the wait: look at the queue, not at the result. The emulation stops consuming (0 at
+   * the least) while the completion queue is full. After `close` it is -EBADF.
    */
   enter(): number
-  /** Registers `fd` in slot `slot` of the ring's fixed-file table (64 slots; -1 empties the slot). -EOPNOTSUPP for the emulation. */
+  /**
+   * Registers `fd` in slot `slot` of the ring's fixed-file table (64 slots; -1 empties the slot). -EOPNOTSUPP for the
+   * emulation.
+   */
   registerFile(slot: number, fd: number): number
-  /** Closes the ring and its mappings; the buffers become harmless anonymous memory. Call it once, from the thread that set it up. */
+  /**
+   * Closes the ring and its mappings; the buffers become harmless anonymous memory. Call it once, from the thread
+   * that set it up.
+   */
   close(): void
 }
 
-/** Watches fds on a helper thread and reports readiness on this thread's event loop; one-shot: `arm` again after each report. */
+/**
+ * Watches fds on a helper thread and reports readiness on this thread's event loop; one-shot: `arm` again after each
+ * report.
+ */
 export interface NativeWatcher {
   /** Starts to watch `fd` (EPOLLIN | EPOLLRDHUP | EPOLLONESHOT); reports carry `id` (a positive 31-bit number). */
   add(fd: number, id: number): number
@@ -90,9 +102,10 @@ export interface Native {
   /** Sets or clears O_NONBLOCK on the open file description. */
   setNonblock(fd: number, on: boolean): number
   /**
-   * What `fd` is. Fills `out` (length ≥ 8): 0 st_mode, 1 size in bytes (BLKGETSIZE64 for a block device), 2 st_blksize (statfs f_bsize on hugetlbfs, i.e. the
-   * huge page size), 3 logical block size (BLKSSZGET; 512 for a file), 4 O_DIRECT memory alignment and 5 O_DIRECT offset
-   * alignment in bytes (statx STATX_DIOALIGN; 0 = unknown or O_DIRECT is not possible), 6 fcntl F_GETFL flags, 7 st_rdev-or-st_dev/inode hash is NOT given: 0 reserved.
+   * What `fd` is. Fills `out` (length ≥ 8): 0 st_mode, 1 size in bytes (BLKGETSIZE64 for a block device), 2
+   * st_blksize (statfs f_bsize on hugetlbfs, i.e. the huge page size), 3 logical block size (BLKSSZGET; 512 for a
+   * file), 4 O_DIRECT memory alignment and 5 O_DIRECT offset alignment in bytes (statx STATX_DIOALIGN; 0 = unknown or
+   * O_DIRECT is not possible), 6 fcntl F_GETFL flags, 7 st_rdev-or-st_dev/inode hash is NOT given: 0 reserved.
    */
   fdInfo(fd: number, out: Float64Array): number
   /** eventfd(2) with EFD_CLOEXEC | EFD_NONBLOCK. */
@@ -101,9 +114,15 @@ export interface Native {
   eventfdWrite(fd: number, value: number): number
   /** Reads (and resets) an eventfd: its value as a number, or -EAGAIN when it is 0. */
   eventfdRead(fd: number): number
-  /** poll(2) of one fd for POLLIN: 1 readable, 0 timed out (`timeoutMs`, -1 = forever), -errno. Blocks the thread: tests, front-end, tools. */
+  /**
+   * poll(2) of one fd for POLLIN: 1 readable, 0 timed out (`timeoutMs`, -1 = forever), -errno. Blocks the thread:
+   * tests, front-end, tools.
+   */
   pollIn(fd: number, timeoutMs: number): number
-  /** memfd_create(2) with MFD_CLOEXEC | MFD_ALLOW_SEALING, sized by ftruncate. `hugePageBytes` 0 = normal pages, else MFD_HUGETLB of that size (2 MiB, 1 GiB). */
+  /**
+   * memfd_create(2) with MFD_CLOEXEC | MFD_ALLOW_SEALING, sized by ftruncate. `hugePageBytes` 0 = normal pages, else
+   * MFD_HUGETLB of that size (2 MiB, 1 GiB).
+   */
   memfd(name: string, size: number, hugePageBytes: number): number
   /** F_OFD_SETLK over the whole file: 0, or -EAGAIN when another open file description holds a conflicting lock. */
   lockFile(fd: number, exclusive: boolean): number
@@ -111,7 +130,10 @@ export interface Native {
   fallocate(fd: number, mode: number, offset: number, length: number): number
 
   // ---- unix sockets
-  /** socket + bind + listen (SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC); the socket file gets `mode` (bind under umask 0777 & ~mode). */
+  /**
+   * socket + bind + listen (SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC); the socket file gets `mode` (bind under
+   * umask 0777 & ~mode).
+   */
   listenUnix(path: string, mode: number): number
   /** A connected blocking stream socket, or -errno (-ECONNREFUSED: nobody listens). */
   connectUnix(path: string): number
@@ -121,15 +143,22 @@ export interface Native {
   socketpair(out: Int32Array): number
   /** SO_PEERCRED: fills out[0] pid, out[1] uid, out[2] gid. */
   peerCred(fd: number, out: Int32Array): number
-  /** 1 when `fd` is a listening stream unix socket (SO_ACCEPTCONN), 0 when it is a connected one, -errno when it is no unix socket. */
+  /**
+   * 1 when `fd` is a listening stream unix socket (SO_ACCEPTCONN), 0 when it is a connected one, -errno when it is no
+   * unix socket.
+   */
   socketKind(fd: number): number
   /**
    * recvmsg(2) with MSG_DONTWAIT | MSG_CMSG_CLOEXEC into bytes [offset, offset + length) of `buffer`.
    * `fds[0]` becomes the number of fds received, `fds[1]` the msg_flags (MSG_CTRUNC 8), `fds[2…]` the fds (at most
-   * `fds.length − 2`; any that do not fit are closed here and MSG_CTRUNC is set). 0 = end of stream, -EAGAIN = nothing yet.
+   * `fds.length − 2`; any that do not fit are closed here and MSG_CTRUNC is set). 0 = end of stream, -EAGAIN =
+   * nothing yet.
    */
   recvMessage(fd: number, buffer: Uint8Array, offset: number, length: number, fds: Int32Array): number
-  /** sendmsg(2) with MSG_NOSIGNAL (and MSG_DONTWAIT when `wait` is false) of [offset, offset + length) of `buffer`, with the first `fdCount` fds of `fds` as SCM_RIGHTS. */
+  /**
+   * sendmsg(2) with MSG_NOSIGNAL (and MSG_DONTWAIT when `wait` is false) of [offset, offset + length) of `buffer`,
+   * with the first `fdCount` fds of `fds` as SCM_RIGHTS.
+   */
   sendMessage(
     fd: number,
     buffer: Uint8Array,
@@ -144,11 +173,11 @@ export interface Native {
 
   // ---- memory
   /**
-   * Maps `mapLength` bytes of `fd` from file offset `mapOffset` (MAP_SHARED | MAP_NORESERVE, read and write, MADV_DONTDUMP,
-   * MADV_DONTFORK) and exposes bytes [dataOffset, dataOffset + dataLength) of the mapping. The caller has rounded
-   * mapOffset and mapLength to the file's page size. The fd may be closed afterwards. The mapping is under the SIGBUS guard:
-   * when the file shrinks under it, the first touch of a missing page replaces the whole mapping by anonymous memory and marks
-   * it as faulted instead of killing the process.
+   * Maps `mapLength` bytes of `fd` from file offset `mapOffset` (MAP_SHARED | MAP_NORESERVE, read and write,
+   * MADV_DONTDUMP, MADV_DONTFORK) and exposes bytes [dataOffset, dataOffset + dataLength) of the mapping. The caller
+   * has rounded mapOffset and mapLength to the file's page size. The fd may be closed afterwards. The mapping is
+   * under the SIGBUS guard: when the file shrinks under it, the first touch of a missing page replaces the whole
+   * mapping by anonymous memory and marks it as faulted instead of killing the process.
    */
   mapFile(
     fd: number,
@@ -160,23 +189,28 @@ export interface Native {
   /** Page-aligned private anonymous memory, zeroed, with a known address: I/O vectors, bounce buffers, constants. */
   allocate(length: number): NativeMapping | number
   /**
-   * Gives the memory back at once: lays anonymous memory over the mapping that starts at `address` (MAP_FIXED), so that a stale view reads zeroes. The address
-   * range itself goes with the SharedArrayBuffer's finalizer. Idempotent. -EINVAL: no such mapping.
+   * Gives the memory back at once: lays anonymous memory over the mapping that starts at `address` (MAP_FIXED), so
+   * that a stale view reads zeroes. The address range itself goes with the SharedArrayBuffer's finalizer. Idempotent.
+   * -EINVAL: no such mapping.
    */
   release(address: number): number
   /** How often the SIGBUS guard caught a fault in the mapping at `address` (0 = intact). -EINVAL: no such mapping. */
   faults(address: number): number
-  /** The eventfd that the SIGBUS guard writes to (async-signal-safe) when it catches a fault. Owned by the addon: do not close. */
+  /**
+   * The eventfd that the SIGBUS guard writes to (async-signal-safe) when it catches a fault. Owned by the addon: do
+   * not close.
+   */
   faultEventFd(): number
 
   // ---- io_uring
   /**
    * io_uring_setup(2) with at least `entries` submission entries and `cqEntries` completion entries. It tries
    * SINGLE_ISSUER | DEFER_TASKRUN | TASKRUN_FLAG | SUBMIT_ALL, then COOP_TASKRUN | TASKRUN_FLAG | SUBMIT_ALL, then none
-   * (always with CQSIZE), maps the rings, fills the SQ index array with the identity, registers the ring fd and an empty fixed-file table of 64 slots where the
-   * kernel has them. Must run on the thread that will call `enter`.
-   * `emulate`: no io_uring at all; `enter` executes the same entries one by one by preadv, pwritev, fdatasync, fallocate, … and
-   * waits in epoll (edge-triggered, the semantics of a multishot poll). -ENOSYS / -EPERM: this kernel or container has no io_uring.
+   * (always with CQSIZE), maps the rings, fills the SQ index array with the identity, registers the ring fd and an
+   * empty fixed-file table of 64 slots where the kernel has them. Must run on the thread that will call `enter`.
+   * `emulate`: no io_uring at all; `enter` executes the same entries one by one by preadv, pwritev, fdatasync,
+   * fallocate, … and waits in epoll (edge-triggered, the semantics of a multishot poll). -ENOSYS / -EPERM: this
+   * kernel or container has no io_uring.
    */
   ringSetup(entries: number, cqEntries: number, emulate: boolean): NativeRing | number
 
@@ -217,7 +251,9 @@ function load(): Native {
 
 export const native: Native = load()
 
-/** Turns `-errno` into an Error of Node's shape (`code`, `errno`, `syscall`). `what` says what was tried, for a human. */
+/**
+ * Turns `-errno` into an Error of Node's shape (`code`, `errno`, `syscall`). `what` says what was tried, for a human.
+ */
 export function systemError(negativeErrno: number, syscall: string, what: string): NodeJS.ErrnoException {
   const code = getSystemErrorName(negativeErrno)
   return Object.assign(new Error(`${what}: ${code} (${syscall})`), { code, errno: negativeErrno, syscall })

@@ -1,6 +1,6 @@
 /**
- * Aligned buffers for O_DIRECT where the guest's are not aligned, and a buffer of zeroes. One set per iothread, shared by all its
- * block queues; a request that finds none free waits its turn.
+ * Aligned buffers for O_DIRECT where the guest's are not aligned, and a buffer of zeroes. One set per iothread,
+ * shared by all its block queues; a request that finds none free waits its turn.
  */
 import type { Chain, DeviceIo, IoBuffer } from '../../src/device/index.ts'
 
@@ -41,7 +41,7 @@ export const BouncePool = {
     const next = waiting.shift()
     if (next === undefined) free.push(bounce)
     else next.user.bounceReady(next.chain, bounce)
-  }
+  },
 }
 
 /** {@link ZEROES} bytes of zeroes. Nobody writes to it. */

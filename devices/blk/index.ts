@@ -1,6 +1,6 @@
 /**
- * virtio-blk on a raw image file or a block device: the control half. It opens and locks the file, and keeps the config space
- * (virtio 1.3 §5.2.4).
+ * virtio-blk on a raw image file or a block device: the control half. It opens and locks the file, and keeps the
+ * config space (virtio 1.3 §5.2.4).
  */
 import { closeSync, constants, fstatSync, openSync } from 'node:fs'
 import {
@@ -12,7 +12,7 @@ import {
   type FileInfo,
   featureSet,
   hasFeature,
-  type QemuDevice
+  type QemuDevice,
 } from '../../src/device/index.ts'
 import * as blk from '../../src/device/virtio-blk.ts'
 import { type BlkOptions, blkOptions } from './options.ts'
@@ -78,7 +78,7 @@ class BlkDevice implements Device<BlkQueueData> {
       lengthAlign: direct ? info.directOffsetAlign || this.#blockSize : 1,
       discard,
       serial: serial(options, fd),
-      state: this.#state.buffer
+      state: this.#state.buffer,
     }
   }
 
@@ -144,8 +144,8 @@ class BlkDevice implements Device<BlkQueueData> {
       properties: {
         // Left alone QEMU makes one queue per vCPU, which is what most want.
         ...(queues === DEFAULT_NUM_QUEUES ? {} : { 'num-queues': queues }),
-        'queue-size': Math.min(this.maxQueueSize ?? QEMU_QUEUE_SIZE, QEMU_MAX_QUEUE_SIZE)
-      }
+        'queue-size': Math.min(this.maxQueueSize ?? QEMU_QUEUE_SIZE, QEMU_MAX_QUEUE_SIZE),
+      },
     }
   }
 
@@ -161,7 +161,12 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
   try {
     const info = host.fileInfo(fd)
     if (info.kind === 'other') {
-      throw new ConfigError('ERR_BLK_FILE_KIND', '--blk-file', `${path} is neither a regular file nor a block device`, 'Give a raw image or a disk.')
+      throw new ConfigError(
+        'ERR_BLK_FILE_KIND',
+        '--blk-file',
+        `${path} is neither a regular file nor a block device`,
+        'Give a raw image or a disk.'
+      )
     }
     if (!host.lockFile(fd, !options['read-only'])) {
       const fix = 'Stop that process; several may share a file only when all of them have --read-only.'
@@ -170,8 +175,14 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
     const size = blockSize(options, info)
     if (info.size === 0 || info.size % size !== 0) {
       const fix = `Make its size a multiple, e.g. with: truncate -s %${size} ${path}`
-      const problem = info.size === 0 ? `${path} is empty` : `${path} has ${info.size} bytes, no multiple of the block size ${size}`
-      throw new ConfigError('ERR_BLK_FILE_SIZE', '--blk-file', problem, info.size === 0 ? `Give it a size, e.g. with: truncate -s 1G ${path}` : fix)
+      const problem =
+        info.size === 0 ? `${path} is empty` : `${path} has ${info.size} bytes, no multiple of the block size ${size}`
+      throw new ConfigError(
+        'ERR_BLK_FILE_SIZE',
+        '--blk-file',
+        problem,
+        info.size === 0 ? `Give it a size, e.g. with: truncate -s 1G ${path}` : fix
+      )
     }
     return new BlkDevice(options, host, fd, info)
   } catch (error) {
@@ -200,7 +211,7 @@ const OPEN_ERRORS: Readonly<Record<string, readonly [problem: string, fix: strin
   EISDIR: ['is a directory', 'Give a raw image or a block device.'],
   EACCES: ['may not be opened by this user', 'Change its permissions, or serve it with --read-only.'],
   EROFS: ['is on a read-only file system', 'Serve it with --read-only.'],
-  EPERM: ['may not be opened by this user', 'Change its permissions, or serve it with --read-only.']
+  EPERM: ['may not be opened by this user', 'Change its permissions, or serve it with --read-only.'],
 }
 
 /** @throws ConfigError when the file can't be accessed in blocks of the wanted size */
@@ -210,20 +221,36 @@ function blockSize(options: BlkOptions, info: FileInfo): number {
   if (wanted === undefined) return least
   if (wanted < least) {
     const fix = `Give --block-size ${least}, or leave it away.`
-    throw new ConfigError('ERR_BLK_BLOCK_SIZE', '--block-size', `${options['blk-file']} is accessed in blocks of ${least} bytes`, fix)
+    throw new ConfigError(
+      'ERR_BLK_BLOCK_SIZE',
+      '--block-size',
+      `${options['blk-file']} is accessed in blocks of ${least} bytes`,
+      fix
+    )
   }
   return wanted
 }
 
-/** Whether space can be given back. Asked of the file itself, behind its end, where nothing is changed. @throws ConfigError */
+/**
+ * Whether space can be given back. Asked of the file itself, behind its end, where nothing is changed. @throws
+ * ConfigError
+ */
 function canDiscard(options: BlkOptions, host: DeviceHost, fd: number, info: FileInfo): boolean {
   if (options.discard === 'off') return false
   // A block device takes fallocate only inside its size; those that cannot discard write zeroes instead.
-  const result = info.kind === 'block' ? 0 : host.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, info.size, PHYSICAL_BLOCK)
+  const result =
+    info.kind === 'block'
+      ? 0
+      : host.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, info.size, PHYSICAL_BLOCK)
   if (result === 0) return true
   if (options.discard === 'on') {
     const fix = 'Leave --discard away, or keep the file on a file system with holes (ext4, xfs, btrfs, tmpfs).'
-    throw new ConfigError('ERR_BLK_DISCARD', '--discard', `the file system of ${options['blk-file']} cannot punch holes`, fix)
+    throw new ConfigError(
+      'ERR_BLK_DISCARD',
+      '--discard',
+      `the file system of ${options['blk-file']} cannot punch holes`,
+      fix
+    )
   }
   return false
 }
@@ -245,7 +272,7 @@ const definition: DeviceDefinition<BlkOptions, BlkQueueData> = {
   operations: OPERATIONS,
   errors: ERRORS,
   queueModule: new URL('./queue.ts', import.meta.url),
-  open
+  open,
 }
 
 export default definition

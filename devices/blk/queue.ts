@@ -1,6 +1,7 @@
 /**
- * virtio-blk request processing (virtio 1.3 §5.2.6): the queue half. A chain becomes a request that is found again by its
- * head; each step of it is one I/O operation, and `completed` decides on the next. Whatever a guest sends is answered by a status byte.
+ * virtio-blk request processing (virtio 1.3 §5.2.6): the queue half. A chain becomes a request that is found again by
+ * its head; each step of it is one I/O operation, and `completed` decides on the next. Whatever a guest sends is
+ * answered by a status byte.
  */
 import { type Chain, hasFeature, type IoFile, type QueueContext, type QueueHandler } from '../../src/device/index.ts'
 import * as blk from '../../src/device/virtio-blk.ts'
@@ -73,7 +74,8 @@ class BlkQueue implements QueueHandler, BounceUser {
       this.#context.complete(chain, 0, shared.OTHER, 0)
       return
     }
-    if (chain.readable < blk.VIRTIO_BLK_HEADER_SIZE) return this.#fail(chain, shared.OTHER, shared.MALFORMED, blk.VIRTIO_BLK_S_IOERR)
+    if (chain.readable < blk.VIRTIO_BLK_HEADER_SIZE)
+      return this.#fail(chain, shared.OTHER, shared.MALFORMED, blk.VIRTIO_BLK_S_IOERR)
     switch (chain.readU32(0)) {
       case blk.VIRTIO_BLK_T_IN:
         return this.#transfer(chain, shared.READ, chain.writable - 1)
@@ -130,7 +132,8 @@ class BlkQueue implements QueueHandler, BounceUser {
   #transfer(chain: Chain, operation: number, length: number): void {
     const sector = chain.readU64(8)
     if (!this.#inRange(sector, length)) return this.#fail(chain, operation, shared.RANGE, blk.VIRTIO_BLK_S_IOERR)
-    if (operation === shared.WRITE && this.#data.readOnly) return this.#fail(chain, operation, shared.READ_ONLY, blk.VIRTIO_BLK_S_IOERR)
+    if (operation === shared.WRITE && this.#data.readOnly)
+      return this.#fail(chain, operation, shared.READ_ONLY, blk.VIRTIO_BLK_S_IOERR)
     if (length === 0) return this.#succeed(chain, operation, 0, 0)
     const request = this.#request(chain)
     request.operation = operation
@@ -169,7 +172,8 @@ class BlkQueue implements QueueHandler, BounceUser {
 
   #transferred(chain: Chain, request: Request, result: number): void {
     if (result < 0 && result !== EINTR && result !== EAGAIN) return this.#ioError(chain, request, result)
-    // Nothing more there although it is inside the capacity: somebody cut the file. Without this it would be asked for ever.
+    // Nothing more there although it is inside the capacity: somebody cut the file. Without this it would be asked
+    // for ever.
     if (result === 0) return this.#abort(chain, request, shared.END_OF_FILE)
     if (result > 0) {
       if (request.bounce >= 0 && request.operation === shared.READ) {
@@ -207,14 +211,16 @@ class BlkQueue implements QueueHandler, BounceUser {
     const bytes = chain.readable - blk.VIRTIO_BLK_HEADER_SIZE
     const count = bytes / blk.VIRTIO_BLK_DISCARD_SEGMENT_SIZE
     if (this.#data.readOnly) return this.#fail(chain, operation, shared.READ_ONLY, blk.VIRTIO_BLK_S_IOERR)
-    if (operation === shared.DISCARD && !this.#data.discard) return this.#fail(chain, operation, shared.UNSUPPORTED, blk.VIRTIO_BLK_S_UNSUPP)
+    if (operation === shared.DISCARD && !this.#data.discard)
+      return this.#fail(chain, operation, shared.UNSUPPORTED, blk.VIRTIO_BLK_S_UNSUPP)
     if (count < 1 || count > shared.MAX_RANGES || !Number.isInteger(count)) {
       return this.#fail(chain, operation, shared.MALFORMED, blk.VIRTIO_BLK_S_IOERR)
     }
     const request = this.#request(chain)
     request.ranges ??= new Float64Array(shared.MAX_RANGES * 2)
     request.unmap ??= new Uint8Array(shared.MAX_RANGES)
-    // All ranges are read and checked before the first is touched, and each is read only once: the guest can change them meanwhile.
+    // All ranges are read and checked before the first is touched, and each is read only once: the guest can change
+    // them meanwhile.
     for (let i = 0; i < count; i++) {
       const at = blk.VIRTIO_BLK_HEADER_SIZE + i * blk.VIRTIO_BLK_DISCARD_SEGMENT_SIZE
       const sector = chain.readU64(at)
@@ -302,7 +308,10 @@ class BlkQueue implements QueueHandler, BounceUser {
     return !this.#data.unsafe && (!this.#canFlush || !this.#state.writeback)
   }
 
-  /** Whether `length` bytes from `sector` are whole blocks of the disk. `sector` is at most rounded above 2^53, never below it. */
+  /**
+   * Whether `length` bytes from `sector` are whole blocks of the disk. `sector` is at most rounded above 2^53, never
+   * below it.
+   */
   #inRange(sector: number, length: number): boolean {
     if ((length & this.#sectorMask) !== 0) return false
     const { capacity } = this.#state

@@ -1,4 +1,7 @@
-/** What the two halves of the block device share: plain data that crosses to the iothreads, and the lists behind the counters. */
+/**
+ * What the two halves of the block device share: plain data that crosses to the iothreads, and the lists behind the
+ * counters.
+ */
 
 /** `DeviceDefinition.operations` of this device, and their indices. */
 export const OPERATIONS = ['read', 'write', 'flush', 'discard', 'write_zeroes', 'get_id', 'other'] as const

@@ -1,7 +1,7 @@
 /**
- * Arguments → values by option name. It finds what is wrong with the line itself (unknown, repeated, without a value, too
- * many words) and turns words into the type that the option's table wants; whether a value is allowed is the table's to
- * say.
+ * Arguments → values by option name. It finds what is wrong with the line itself (unknown, repeated, without a value,
+ * too many words) and turns words into the type that the option's table wants; whether a value is allowed is the
+ * table's to say.
  */
 import { parseArgs } from 'node:util'
 import { checkNames, type OptionInfo, optionsOf, suggest } from '../daemon/option-table.ts'

@@ -14,7 +14,10 @@ export interface ServeHooks {
   ready?(metricsUrl: string | undefined): void
 }
 
-/** A disk that hangs keeps its requests in flight: who asked us to stop does not wait for it for ever. In milliseconds. */
+/**
+ * A disk that hangs keeps its requests in flight: who asked us to stop does not wait for it for ever. In
+ * milliseconds.
+ */
 const STOP_LIMIT_MS = 10_000
 
 /** How long iothreads get to end when there is no waiting for their requests. In milliseconds. */
@@ -52,8 +55,8 @@ export async function serve(config: DaemonConfig, log: Logger, hooks: ServeHooks
 }
 
 /**
- * Ends the process with EXIT_FAILURE, whatever is in flight. Node joins its workers when it exits, so the iothreads have to end first;
- * one that hangs in the kernel cannot, and then only SIGKILL helps.
+ * Ends the process with EXIT_FAILURE, whatever is in flight. Node joins its workers when it exits, so the iothreads
+ * have to end first; one that hangs in the kernel cannot, and then only SIGKILL helps.
  */
 function leave(daemon: Daemon | undefined): void {
   setTimeout(() => process.kill(process.pid, 'SIGKILL'), LEAVE_LIMIT_MS)

@@ -44,7 +44,10 @@ async function deviceSchema(type: string): Promise<Record<string, unknown>> {
   return { ...schema, oneOf: [{ required: ['socket-path'] }, { required: ['fd'] }] }
 }
 
-/** What a file holds is a schema's input; what JSON Schema can't say (checks in code) is left out, the daemon checks it. */
+/**
+ * What a file holds is a schema's input; what JSON Schema can't say (checks in code) is left out, the daemon checks
+ * it.
+ */
 function jsonSchema(schema: v.GenericSchema): Record<string, unknown> {
   const { $schema: _, ...top } = toJsonSchema(schema as Parameters<typeof toJsonSchema>[0], {
     target: 'draft-2020-12',

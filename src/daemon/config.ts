@@ -1,7 +1,7 @@
 /**
- * From options to a {@link DaemonConfig}: the one form in which the daemon is told what to serve, whether it came from the
- * command line or from a configuration file. It checks everything that can be checked without opening a device. It must
- * not print, open devices or bind sockets.
+ * From options to a {@link DaemonConfig}: the one form in which the daemon is told what to serve, whether it came
+ * from the command line or from a configuration file. It checks everything that can be checked without opening a
+ * device. It must not print, open devices or bind sockets.
  */
 import { readFile } from 'node:fs/promises'
 import { dirname, extname, resolve } from 'node:path'

@@ -1,6 +1,6 @@
 /**
- * The daemon: a configuration becomes devices, iothreads and sockets, and goes away again without a trace. It knows no command line
- * and no signals.
+ * The daemon: a configuration becomes devices, iothreads and sockets, and goes away again without a trace. It knows
+ * no command line and no signals.
  */
 import { ConfigError, type Device, type DeviceHost } from '../device/index.ts'
 import { allowedCpus } from '../engine/affinity.ts'
@@ -29,7 +29,7 @@ export class Daemon {
         ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
         pollMaxUs: config.pollMaxUs,
         // For tests, and for hosts whose io_uring is known to be bad.
-        emulate: process.env['VIRTIOD_IO_URING'] === 'off'
+        emulate: process.env['VIRTIOD_IO_URING'] === 'off',
       },
       (event) => this.#event(event),
       (error) => this.#iothreadDied(error)
@@ -48,7 +48,8 @@ export class Daemon {
     const daemon = new Daemon(config, log)
     try {
       for (const device of config.devices) await daemon.#open(device)
-      // The iothreads are still starting (a worker takes 40 ms): front-ends can connect meanwhile, their rings wait for them.
+      // The iothreads are still starting (a worker takes 40 ms): front-ends can connect meanwhile, their rings wait
+      // for them.
       for (const server of daemon.#servers) server.listen(() => daemon.#served())
       await daemon.#pool.ready()
       daemon.#logIothreads()
@@ -70,7 +71,10 @@ export class Daemon {
     }
   }
 
-  /** Resolves when there is nothing left to serve: every socket was a connection handed down, and all have ended. @throws when an iothread died */
+  /**
+   * Resolves when there is nothing left to serve: every socket was a connection handed down, and all have ended.
+   * @throws when an iothread died
+   */
   ended(): Promise<void> {
     return this.#ended.promise
   }
@@ -78,11 +82,14 @@ export class Daemon {
   snapshot(): DaemonSnapshot {
     return {
       devices: this.#servers.map((server) => server.snapshot()),
-      iothreads: this.#pool.threads.map((thread) => thread.snapshot())
+      iothreads: this.#pool.threads.map((thread) => thread.snapshot()),
     }
   }
 
-  /** Resolves with undefined when every iothread answers, else with what is wrong; an iothread that hangs makes it never resolve. */
+  /**
+   * Resolves with undefined when every iothread answers, else with what is wrong; an iothread that hangs makes it
+   * never resolve.
+   */
   async health(): Promise<string | undefined> {
     if (this.#died !== undefined) return `an iothread died: ${this.#died}`
     await this.#pool.broadcast({ kind: 'ping' })
@@ -100,7 +107,10 @@ export class Daemon {
     return this.#closed
   }
 
-  /** Stops the iothreads at once, whatever is in flight: the process has to end right after it. Resolves when they have ended; one that hangs in the kernel never does. */
+  /**
+   * Stops the iothreads at once, whatever is in flight: the process has to end right after it. Resolves when they
+   * have ended; one that hangs in the kernel never does.
+   */
   abandon(): Promise<void> {
     return this.#pool.abandon()
   }

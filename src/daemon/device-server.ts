@@ -1,12 +1,12 @@
 /** One device of the daemon: its socket, and the sessions of its front-ends, one after the other. */
 import { ConfigError, type Device, type DeviceDefinition } from '../device/index.ts'
+import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
 import type { IothreadPool } from '../engine/pool.ts'
 import type { DeviceSnapshot } from '../ops/snapshot.ts'
-import { CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, BROKEN, KICKS } from '../engine/counters.ts'
 import type { Connection } from '../vhost-user/connection.ts'
 import { ProtocolError } from '../vhost-user/errors.ts'
-import { Session } from '../vhost-user/session.ts'
 import { connectedSocket, Listener } from '../vhost-user/listener.ts'
+import { Session } from '../vhost-user/session.ts'
 import type { DeviceConfig, SocketAddress } from './config.ts'
 import type { Logger } from './log.ts'
 import { Rings } from './rings.ts'
@@ -40,7 +40,8 @@ export class DeviceServer {
   }
 
   /**
-   * Binds the socket and begins to serve. @param onEnd called when a connection that was handed down has ended: nobody can come any more
+   * Binds the socket and begins to serve. @param onEnd called when a connection that was handed down has ended:
+   * nobody can come any more
    * @throws ConfigError when the socket can't be had
    */
   listen(onEnd: () => void): void {
@@ -67,7 +68,12 @@ export class DeviceServer {
   configChanged(): void {
     if (this.#session === undefined) return
     const told = this.#session.configChanged()
-    this.#log.info({ told }, told ? 'the config space changed, the front-end was told' : 'the config space changed, the front-end has no channel to hear it')
+    this.#log.info(
+      { told },
+      told
+        ? 'the config space changed, the front-end was told'
+        : 'the config space changed, the front-end has no channel to hear it'
+    )
   }
 
   /** An event of an iothread about this device's present session. */
@@ -114,8 +120,8 @@ export class DeviceServer {
           inFlight: ring === undefined ? 0 : Math.max(0, counters.values[CHAINS]! - counters.values[COMPLETED]!),
           brokenTotal: counters.values[BROKEN]!,
           operations: counters.operations(this.#definition.operations),
-          errors: counters.errors(this.#definition.errors)
-        }))
+          errors: counters.errors(this.#definition.errors),
+        })),
     }
   }
 
@@ -189,6 +195,8 @@ function bind(path: string): Listener {
       code === 'EADDRINUSE'
         ? 'Another process listens there, or it is no socket: stop that process or give another path.'
         : 'Give a path in a directory that exists and that you may write to.'
-    throw new ConfigError('ERR_SOCKET_BIND', '--socket-path', `cannot listen on ${path} (${code})`, fix, { cause: error })
+    throw new ConfigError('ERR_SOCKET_BIND', '--socket-path', `cannot listen on ${path} (${code})`, fix, {
+      cause: error,
+    })
   }
 }

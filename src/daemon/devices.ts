@@ -17,7 +17,8 @@ export const devices: Readonly<Record<string, DeviceEntry>> = {
   blk: {
     summary: 'serve a disk: a raw image file or a block device',
     capabilities: { type: 'block', features: ['read-only', 'blk-file'] },
-    // A definition of any options and queue data is used as one of unknown ones: only the definition itself looks inside.
+    // A definition of any options and queue data is used as one of unknown ones: only the definition itself looks
+    // inside.
     load: async () => (await import('../../devices/blk/index.ts')).default as unknown as DeviceDefinition,
   },
 }

@@ -1,6 +1,6 @@
 /**
- * Every error code of virtiod and what it means. Codes are API: the README lists this table, a test holds both to it, and
- * a retired code is never used again.
+ * Every error code of virtiod and what it means. Codes are API: the README lists this table, a test holds both to it,
+ * and a retired code is never used again.
  */
 import { PROTOCOL_ERRORS } from '../vhost-user/errors.ts'
 import { RING_ERRORS } from '../virtio/errors.ts'

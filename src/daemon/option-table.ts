@@ -1,8 +1,9 @@
 /**
- * Option tables: what a valibot `strictObject` says about options, for the command line, configuration files, help, README
- * and JSON Schema alike. Its keys are the flag names; `v.description` is the help text; `v.metadata` may say
+ * Option tables: what a valibot `strictObject` says about options, for the command line, configuration files, help,
+ * README and JSON Schema alike. Its keys are the flag names; `v.description` is the help text; `v.metadata` may say
  * `placeholder` (the value's name in help), `unset` (what holds without the option), `path` (relative to the
- * configuration file) and `size` (K, M, G suffixes on the command line). It must not know any particular option, nor where values come from: callers name them in errors.
+ * configuration file) and `size` (K, M, G suffixes on the command line). It must not know any particular option, nor
+ * where values come from: callers name them in errors.
  */
 import type { BaseIssue, GenericSchema } from 'valibot'
 import { getDescription, getMetadata, safeParse } from 'valibot'

@@ -1,6 +1,6 @@
 /**
- * The options that are not a device's own: those of the daemon, and those of a device's listener; and the parsers of their
- * little languages (processor lists, the address of the metrics server).
+ * The options that are not a device's own: those of the daemon, and those of a device's listener; and the parsers of
+ * their little languages (processor lists, the address of the metrics server).
  */
 import * as v from 'valibot'
 import { ConfigError } from '../device/errors.ts'
@@ -124,7 +124,8 @@ function parseCpuSet(item: string, option: string): number[] {
 }
 
 /**
- * Parses `--metrics`: `127.0.0.1:9400`, `[::1]:9400`, `localhost:9400`, `:9400` (loopback), `unix:PATH`. Port 0 = any free port.
+ * Parses `--metrics`: `127.0.0.1:9400`, `[::1]:9400`, `localhost:9400`, `:9400` (loopback), `unix:PATH`. Port 0 = any
+ * free port.
  * @throws ConfigError
  */
 export function parseMetricsAddress(text: string, option: string): MetricsAddress {

@@ -1,6 +1,6 @@
 /**
- * QEMU arguments that attach what is served. Pure: names, sockets and device properties in, arguments out. Vhost-user needs guest
- * memory that the back-end can map, hence the shared memfd.
+ * QEMU arguments that attach what is served. Pure: names, sockets and device properties in, arguments out. Vhost-user
+ * needs guest memory that the back-end can map, hence the shared memfd.
  */
 import type { QemuDevice } from '../device/index.ts'
 

@@ -1,22 +1,22 @@
 /**
- * The rings of one device's session on the iothreads: which iothread serves which queue, under which id. It is the session's
- * {@link RingHost}: the place where the protocol meets the engine.
+ * The rings of one device's session on the iothreads: which iothread serves which queue, under which id. It is the
+ * session's {@link RingHost}: the place where the protocol meets the engine.
  */
 import type { Device, DeviceDefinition } from '../device/index.ts'
 import { QueueCounters } from '../engine/counters.ts'
 import type { Request } from '../engine/messages.ts'
 import { type IothreadHandle, type IothreadPool, moduleUrl } from '../engine/pool.ts'
+import type { RingHost, RingStart } from '../vhost-user/session.ts'
 import {
   VHOST_USER_F_PROTOCOL_FEATURES,
   VIRTIO_F_ANY_LAYOUT,
   VIRTIO_F_EVENT_IDX,
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_VERSION_1,
-  VIRTQ_MAX_SIZE
+  VIRTQ_MAX_SIZE,
 } from '../virtio/constants.ts'
 import { featureSet } from '../virtio/features.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
-import type { RingHost, RingStart } from '../vhost-user/session.ts'
 
 /** What the rings and the transport offer, whatever the device. */
 export const RING_FEATURES = featureSet(
@@ -106,7 +106,7 @@ export class Rings implements RingHost {
         ...start,
         module: this.#module,
         data: this.#device.queueData,
-        counters: queue.counters.buffer
+        counters: queue.counters.buffer,
       })
     } catch (error) {
       queue.thread.freeRing(ring)

@@ -1,6 +1,6 @@
 /**
- * Errors by who is at fault and what ends (design.md "Rules that keep it honest"). Every one has a `code` that is API: the README
- * lists them, and a retired one is never used again.
+ * Errors by who is at fault and what ends (design.md "Rules that keep it honest"). Every one has a `code` that is
+ * API: the README lists them, and a retired one is never used again.
  */
 
 /** The operator's fault: ends the process with exit code 2, before a socket is bound. */

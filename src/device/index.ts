@@ -1,7 +1,8 @@
 /**
  * The device contract: all that a device module imports, in-tree or a stranger's. A device has two halves.
  *
- * - The *control half* ({@link DeviceDefinition}, {@link Device}) lives on the control thread: options, features, config
+ * - The *control half* ({@link DeviceDefinition}, {@link Device}) lives on the control thread: options, features,
+ * config
  *   space, opening of files.
  * - The *queue half* ({@link QueueHandler}) lives on an iothread, one handler per virtqueue: it takes chains and
  *   completes them. The two share no objects, only what `queueData` carries (numbers, SharedArrayBuffers).
@@ -30,17 +31,25 @@ export interface DeviceLogger {
 /** What the default export of a device module is. */
 export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
   readonly apiVersion: typeof API_VERSION
-  /** The `type` in configuration files and the `virtiod_<name>_…` prefix of its metrics: lower-case letters and digits. */
+  /**
+   * The `type` in configuration files and the `virtiod_<name>_…` prefix of its metrics: lower-case letters and
+   * digits.
+   */
   readonly name: string
   /** The device id of virtio 1.3 §5. */
   readonly virtioId: number
   /** A valibot `strictObject`; its keys are the option names of the command line and of the configuration file. */
   readonly options: GenericSchema<unknown, Options>
-  /** What a request can be, for counters and latency histograms: `complete` takes an index into this list. At most 8. */
+  /**
+   * What a request can be, for counters and latency histograms: `complete` takes an index into this list. At most 8.
+   */
   readonly operations: readonly string[]
   /** What can go wrong with a request: `countError` takes an index into this list. At most 16. */
   readonly errors: readonly string[]
-  /** The module of the queue half: `new URL('./queue.ts', import.meta.url)`. Its export `createQueueHandler` is a {@link CreateQueueHandler}. */
+  /**
+   * The module of the queue half: `new URL('./queue.ts', import.meta.url)`. Its export `createQueueHandler` is a
+   * {@link CreateQueueHandler}.
+   */
   readonly queueModule: URL
   /**
    * Opens what the options name. Nothing is served yet.
@@ -49,7 +58,10 @@ export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
   open(options: Options, host: DeviceHost): Promise<Device<QueueData>> | Device<QueueData>
 }
 
-/** One device of a running daemon, on the control thread. It lives from start to shutdown, over any number of sessions. */
+/**
+ * One device of a running daemon, on the control thread. It lives from start to shutdown, over any number of
+ * sessions.
+ */
 export interface Device<QueueData = unknown> {
   /** Device-specific feature bits (virtio 1.3 §5); the engine adds those of rings and transport. */
   readonly features: bigint
@@ -63,13 +75,19 @@ export interface Device<QueueData = unknown> {
   config(): Uint8Array
   /** SET_CONFIG. Returns false to refuse the write (the front-end gets a NACK); nothing may have changed then. */
   writeConfig(offset: number, bytes: Uint8Array): boolean
-  /** A driver took the device over with these features (all virtio and device bits). Called again at each SET_FEATURES. */
+  /**
+   * A driver took the device over with these features (all virtio and device bits). Called again at each
+   * SET_FEATURES.
+   */
   negotiated?(features: bigint): void
   /** The session ended or RESET_DEVICE came: back to the state after `open`. All queues are stopped. */
   reset?(): void
   /** SIGHUP: look at the backing store again. Returns true when the config space changed, and the driver is told. */
   refresh?(): boolean
-  /** Lines of QEMU's command line beside chardev and memory, e.g. `vhost-user-blk-pci,num-queues=4`; see {@link QemuDevice}. */
+  /**
+   * Lines of QEMU's command line beside chardev and memory, e.g. `vhost-user-blk-pci,num-queues=4`; see {@link
+   * QemuDevice}.
+   */
   qemu?(): QemuDevice
   /** Releases files. All queues are stopped. */
   close(): void
@@ -88,7 +106,10 @@ export interface DeviceHost {
   readonly log: DeviceLogger
   /** What kind of file an fd is, and its geometry. @throws a system error */
   fileInfo(fd: number): FileInfo
-  /** Takes an open-file-description lock on the whole file. Returns false when another process holds a conflicting one. */
+  /**
+   * Takes an open-file-description lock on the whole file. Returns false when another process holds a conflicting
+   * one.
+   */
   lockFile(fd: number, exclusive: boolean): boolean
   /** fallocate(2): 0 or -errno. It blocks: for probing at start only. */
   fallocate(fd: number, mode: number, offset: number, length: number): number
@@ -112,11 +133,14 @@ export interface FileInfo {
 /** Makes the handler of one virtqueue when its ring starts. */
 export type CreateQueueHandler<QueueData = unknown> = (context: QueueContext, data: QueueData) => QueueHandler
 
-/** One virtqueue's request processing. Methods must not throw (that ends the session), block or allocate per request. */
+/**
+ * One virtqueue's request processing. Methods must not throw (that ends the session), block or allocate per request.
+ */
 export interface QueueHandler {
   /**
-   * Takes a chain that the driver made available. The handler must `complete` it exactly once, now or later. The chain's structure
-   * is checked; its contents are the guest's and may change while they are read: read each field once.
+   * Takes a chain that the driver made available. The handler must `complete` it exactly once, now or later. The
+   * chain's structure is checked; its contents are the guest's and may change while they are read: read each field
+   * once.
    */
   handle(chain: Chain): void
   /** The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. */
@@ -159,8 +183,9 @@ export interface IoBuffer {
 }
 
 /**
- * Asynchronous I/O, batched: operations are submitted with the next io_uring_enter. At most one operation per chain is in
- * flight; its end is reported to `QueueHandler.completed`. A read or write may be short: continue it from there.
+ * Asynchronous I/O, batched: operations are submitted with the next io_uring_enter. At most one operation per chain
+ * is in flight; its end is reported to `QueueHandler.completed`. A read or write may be short: continue it from
+ * there.
  */
 export interface DeviceIo {
   /** Registers a file for I/O on this iothread. Equal fds share a registration. */
@@ -170,12 +195,23 @@ export interface DeviceIo {
   allocate(length: number): IoBuffer
   /** Reads the file from `offset` into bytes [start, start + length) of the chain's device-writable part. */
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void
-  /** Writes bytes [start, start + length) of the chain's device-readable part to the file. @param dsync RWF_DSYNC: durable when it completes */
+  /**
+   * Writes bytes [start, start + length) of the chain's device-readable part to the file. @param dsync RWF_DSYNC:
+   * durable when it completes
+   */
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void
   /** Reads into [start, start + length) of a buffer. */
   readBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number): void
   /** Writes [start, start + length) of a buffer. */
-  writeBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number, dsync: boolean): void
+  writeBuffer(
+    chain: Chain,
+    file: IoFile,
+    offset: number,
+    buffer: IoBuffer,
+    start: number,
+    length: number,
+    dsync: boolean
+  ): void
   /** fdatasync. */
   fdatasync(chain: Chain, file: IoFile): void
   /** fallocate(2) with FALLOC_FL_* `mode`. */

@@ -1,7 +1,7 @@
 /**
- * Counters of queues and iothreads in shared memory: an iothread is the only writer and increments a plain double (1 ns; a labelled
- * prom-client counter costs 172 ns), the control thread reads at scrape time. An aligned 8-byte store does not tear on the
- * processors that we run on.
+ * Counters of queues and iothreads in shared memory: an iothread is the only writer and increments a plain double (1
+ * ns; a labelled prom-client counter costs 172 ns), the control thread reads at scrape time. An aligned 8-byte store
+ * does not tear on the processors that we run on.
  */
 import { type IothreadSnapshot, LATENCY_BUCKETS, type OperationSnapshot } from '../ops/snapshot.ts'
 
@@ -58,7 +58,7 @@ export class QueueCounters {
         requests: this.values[at]!,
         bytes: this.values[at + 1]!,
         latencySeconds: this.values[at + 2]! / 1e6,
-        latencyBuckets: this.values.slice(at + OPERATION_HEADER, at + OPERATION_SIZE)
+        latencyBuckets: this.values.slice(at + OPERATION_HEADER, at + OPERATION_SIZE),
       }
     })
   }
@@ -102,7 +102,7 @@ export class IothreadCounters {
       index,
       backend: emulated ? 'emulated' : 'io_uring',
       pollHits: this.#values[POLL_HITS]!,
-      pollMisses: this.#values[POLL_MISSES]!
+      pollMisses: this.#values[POLL_MISSES]!,
     }
   }
 }

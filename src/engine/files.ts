@@ -17,7 +17,7 @@ export function fileInfo(fd: number): FileInfo {
     size: info[1]!,
     blockSize: info[3]!,
     directMemoryAlign: info[4]!,
-    directOffsetAlign: info[5]!
+    directOffsetAlign: info[5]!,
   }
 }
 

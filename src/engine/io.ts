@@ -1,6 +1,6 @@
 /**
- * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's buffer
- * becomes an address for the kernel.
+ * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's
+ * buffer becomes an address for the kernel.
  */
 import { constants } from 'node:fs'
 import type { Chain, DeviceIo, IoBuffer, IoFile } from '../device/index.ts'
@@ -53,7 +53,17 @@ export class Io implements DeviceIo {
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
     const count = this.#locate(chain, 0, chain.readableCount, start, length)
     const user = this.#user(chain)
-    if (count === 1) this.#ring.write(file.fd, file.slot, offset, this.#address(chain), length, writeKind(file, dsync), user, this.#tag)
+    if (count === 1)
+      this.#ring.write(
+        file.fd,
+        file.slot,
+        offset,
+        this.#address(chain),
+        length,
+        writeKind(file, dsync),
+        user,
+        this.#tag
+      )
     else {
       this.#vectors(chain, count, length)
       this.#ring.writeVector(file.fd, file.slot, offset, count, length, writeKind(file, dsync), user, this.#tag)
@@ -65,7 +75,15 @@ export class Io implements DeviceIo {
     this.#ring.read(file.fd, file.slot, offset, address, length, this.#user(chain), this.#tag)
   }
 
-  writeBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number, dsync: boolean): void {
+  writeBuffer(
+    chain: Chain,
+    file: IoFile,
+    offset: number,
+    buffer: IoBuffer,
+    start: number,
+    length: number,
+    dsync: boolean
+  ): void {
     const address = bufferAddress(buffer, start, length)
     this.#ring.write(file.fd, file.slot, offset, address, length, writeKind(file, dsync), this.#user(chain), this.#tag)
   }
@@ -83,7 +101,10 @@ export class Io implements DeviceIo {
     return this.#queue | chain.head
   }
 
-  /** Finds where byte `start` of segments [first, end) is and how many segments `length` bytes from there touch (at most MAX_VECTORS: the rest is a short transfer). */
+  /**
+   * Finds where byte `start` of segments [first, end) is and how many segments `length` bytes from there touch (at
+   * most MAX_VECTORS: the rest is a short transfer).
+   */
   #locate(chain: Chain, first: number, end: number, start: number, length: number): number {
     let segment = first
     let skip = start
@@ -104,7 +125,10 @@ export class Io implements DeviceIo {
     return count
   }
 
-  /** SAFETY: inside a segment that `Chain.append` checked against its region, which stays mapped while the chain is in flight. */
+  /**
+   * SAFETY: inside a segment that `Chain.append` checked against its region, which stays mapped while the chain is in
+   * flight.
+   */
   #address(chain: Chain): number {
     const segment = this.#segment
     return chain.regions[chain.region[segment]!]!.hva + chain.offset[segment]! + this.#skip
@@ -136,6 +160,7 @@ function isBuffered(fd: number): boolean {
 }
 
 function bufferAddress(buffer: IoBuffer, start: number, length: number): number {
-  if (start < 0 || length < 0 || start + length > buffer.bytes.length) throw new RangeError(`[${start}, +${length}) is outside the buffer`)
+  if (start < 0 || length < 0 || start + length > buffer.bytes.length)
+    throw new RangeError(`[${start}, +${length}) is outside the buffer`)
   return buffer.address + start
 }

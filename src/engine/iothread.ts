@@ -1,6 +1,7 @@
 /**
- * The loop of one iothread: reap completions, publish, pop, submit, and sleep or poll when there is nothing to do. It serves any number
- * of queues of any number of sessions, and obeys the control thread between rounds. It must not know devices or sockets.
+ * The loop of one iothread: reap completions, publish, pop, submit, and sleep or poll when there is nothing to do. It
+ * serves any number of queues of any number of sessions, and obeys the control thread between rounds. It must not
+ * know devices or sockets.
  */
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads'
 import type { CreateQueueHandler } from '../device/index.ts'
@@ -110,7 +111,8 @@ export class Iothread implements CompletionSink, QueueOwner {
     while (!this.#controlPending) {
       this.now = microseconds()
       let work = ring.reap(this)
-      // First what is done, so that the driver goes on while we look for more; its call is the first entry of the next submission.
+      // First what is done, so that the driver goes on while we look for more; its call is the first entry of the
+      // next submission.
       for (let i = 0; i < queues.length; i++) {
         const queue = queues[i]!
         queue.publish()
@@ -249,7 +251,8 @@ export class Iothread implements CompletionSink, QueueOwner {
     if (create === undefined) {
       const module = (await import(start.module)) as { createQueueHandler?: CreateQueueHandler }
       create = module.createQueueHandler
-      if (typeof create !== 'function') throw new TypeError(`${start.module} does not export the function createQueueHandler`)
+      if (typeof create !== 'function')
+        throw new TypeError(`${start.module} does not export the function createQueueHandler`)
       this.#modules.set(start.module, create)
     }
     const memory = this.#memory.get(start.session) ?? new GuestMemory([])
@@ -308,7 +311,8 @@ function openRing(emulate: boolean): { ring: IoRing; reason?: string } {
     return { ring: new IoRing(false) }
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException
-    if (code !== 'ENOSYS' && code !== 'EPERM' && code !== 'EACCES' && code !== 'ENOMEM' && code !== 'EINVAL') throw error
+    if (code !== 'ENOSYS' && code !== 'EPERM' && code !== 'EACCES' && code !== 'ENOMEM' && code !== 'EINVAL')
+      throw error
     return { ring: new IoRing(true), reason: `io_uring_setup: ${code}` }
   }
 }

@@ -1,4 +1,7 @@
-/** What the control thread says to an iothread and hears from it. Every request is answered by one `done`, in any order. */
+/**
+ * What the control thread says to an iothread and hears from it. Every request is answered by one `done`, in any
+ * order.
+ */
 import type { RingErrorCode } from '../virtio/errors.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import type { VringConfig } from '../virtio/vring.ts'
@@ -16,7 +19,9 @@ export interface IothreadOptions {
   readonly counters: SharedArrayBuffer
 }
 
-/** A ring to serve. `queue` is the control thread's id for it, unique among the live rings of the iothread: 0 … 4095. */
+/**
+ * A ring to serve. `queue` is the control thread's id for it, unique among the live rings of the iothread: 0 … 4095.
+ */
 export interface StartQueue {
   readonly kind: 'startQueue'
   readonly queue: number
@@ -62,5 +67,11 @@ export type Report =
   | { readonly kind: 'ready'; readonly emulated: boolean; readonly reason?: string }
   | { readonly kind: 'done'; readonly id: number; readonly value: number }
   | { readonly kind: 'failed'; readonly id: number; readonly error: unknown }
-  | { readonly kind: 'ringBroken'; readonly session: number; readonly index: number; readonly code: RingErrorCode; readonly message: string }
+  | {
+      readonly kind: 'ringBroken'
+      readonly session: number
+      readonly index: number
+      readonly code: RingErrorCode
+      readonly message: string
+    }
   | { readonly kind: 'deviceFailed'; readonly session: number; readonly index: number; readonly error: unknown }

@@ -1,6 +1,6 @@
 /**
- * How long to poll before sleeping, after QEMU's `poll-max-ns` (util/aio-posix.c): the time grows while sleeps turn out to be
- * short enough that polling would have caught the event, and drops to nothing when they don't. Pure.
+ * How long to poll before sleeping, after QEMU's `poll-max-ns` (util/aio-posix.c): the time grows while sleeps turn
+ * out to be short enough that polling would have caught the event, and drops to nothing when they don't. Pure.
  */
 
 /** First step up from nothing, in microseconds (QEMU's own). */
@@ -21,6 +21,8 @@ export class AdaptivePoll {
   adjust(waited: number): void {
     if (waited <= this.current) return
     if (waited > this.#max) this.current = 0
-    else this.current = this.current === 0 ? Math.min(GROW_START, this.#max) : Math.min(this.current * GROW_FACTOR, this.#max)
+    else
+      this.current =
+        this.current === 0 ? Math.min(GROW_START, this.#max) : Math.min(this.current * GROW_FACTOR, this.#max)
   }
 }

@@ -53,11 +53,11 @@ export class IothreadHandle {
       ...(cpus === undefined ? {} : { cpus }),
       emulate: options.emulate,
       wakeFd: this.#wakeFd,
-      counters: this.#counters.buffer
+      counters: this.#counters.buffer,
     }
     this.#worker = new Worker(moduleUrl(new URL('./iothread-main.ts', import.meta.url)), {
       workerData: { port: port2, options: iothread },
-      transferList: [port2]
+      transferList: [port2],
     })
     const ready = Promise.withResolvers<void>()
     this.#ready = ready.promise
@@ -133,7 +133,10 @@ export class IothreadHandle {
     native.close(this.#wakeFd)
   }
 
-  /** Ends it at once, whatever is in flight. Without this the process could not exit: Node joins its workers, and one that sleeps in the kernel doesn't hear it. */
+  /**
+   * Ends it at once, whatever is in flight. Without this the process could not exit: Node joins its workers, and one
+   * that sleeps in the kernel doesn't hear it.
+   */
   async abandon(): Promise<void> {
     this.request({ kind: 'abandon' }).catch(() => {})
     await this.#exited
@@ -152,7 +155,10 @@ export class IothreadPool {
 
   /** Starts the threads; `ready` tells when they run. */
   constructor(options: PoolOptions, onEvent: (event: Event) => void, onDeath: (error: unknown) => void) {
-    this.threads = Array.from({ length: options.count }, (_, index) => new IothreadHandle(index, options, onEvent, onDeath))
+    this.threads = Array.from(
+      { length: options.count },
+      (_, index) => new IothreadHandle(index, options, onEvent, onDeath)
+    )
   }
 
   /** @throws what kept one of them from starting */

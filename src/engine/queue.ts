@@ -1,10 +1,10 @@
 /**
- * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls, and stops.
- * Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
+ * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls,
+ * and stops. Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
  */
 import type { Chain, QueueContext, QueueHandler } from '../device/index.ts'
-import { hasFeature } from '../virtio/features.ts'
 import { VIRTIO_F_RING_PACKED } from '../virtio/constants.ts'
+import { hasFeature } from '../virtio/features.ts'
 import type { GuestMemory } from '../virtio/memory.ts'
 import { SplitRing } from '../virtio/split-ring.ts'
 import type { Vring } from '../virtio/vring.ts'
@@ -23,7 +23,10 @@ export const OP_CANCEL = 4
 const EAGAIN = -11
 const EALREADY = -114
 
-/** Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on the first results while we do the next. */
+/**
+ * Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on
+ * the first results while we do the next.
+ */
 const BATCH = 64
 
 /** What a queue needs of its iothread. */
@@ -64,7 +67,10 @@ export class Queue implements QueueContext {
   /** A write to the call fd is in the ring: until it ends another one would say nothing new, unless `#callAgain`. */
   #calling = false
   #callAgain = false
-  /** The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a former back-end left there. */
+  /**
+   * The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a
+   * former back-end left there.
+   */
   #suppressed = true
   #broken = false
   /** The handler threw: it is called no more. */
@@ -210,7 +216,8 @@ export class Queue implements QueueContext {
         if (high >>> 8 !== this.#generation) return
         this.#calling = false
         // A full counter is as good as a call: the driver has one to take. Anything else means that nobody hears us.
-        if (result < 0 && result !== EAGAIN) return this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${result})`))
+        if (result < 0 && result !== EAGAIN)
+          return this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${result})`))
         if (this.#callAgain) {
           this.#callAgain = false
           this.call()
@@ -230,7 +237,10 @@ export class Queue implements QueueContext {
     if (this.vring.error !== undefined && !this.#broken) this.#break()
   }
 
-  /** Uses another call fd. The caller has seen `atRest`. vhost-user wants one spurious call, since one may have gone to the old fd. */
+  /**
+   * Uses another call fd. The caller has seen `atRest`. vhost-user wants one spurious call, since one may have gone
+   * to the old fd.
+   */
   setCall(fd: number): void {
     this.#callFd = fd
     this.call()
@@ -271,7 +281,8 @@ export class Queue implements QueueContext {
   #kickEnded(result: number): void {
     this.#kickArmed = false
     if (this.stopping) return
-    // A multishot poll also ends when the kernel ran out of memory for a completion: start it again. An error is the fd's.
+    // A multishot poll also ends when the kernel ran out of memory for a completion: start it again. An error is the
+    // fd's.
     if (result >= 0 || this.#kickCancelled) this.#armKick()
     else this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${result})`))
   }

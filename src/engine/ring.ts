@@ -1,7 +1,7 @@
 /**
- * The submission and completion rings of one iothread as typed arrays: entries are filled in TypeScript and `submit` makes the
- * one native call of a batch. Whether an io_uring or its emulation by plain system calls is behind it shows only in `emulated`.
- * It knows entries and completions, not queues or devices.
+ * The submission and completion rings of one iothread as typed arrays: entries are filled in TypeScript and `submit`
+ * makes the one native call of a batch. Whether an io_uring or its emulation by plain system calls is behind it shows
+ * only in `emulated`. It knows entries and completions, not queues or devices.
  */
 import { type NativeRing, native, systemError } from '../native.ts'
 
@@ -28,7 +28,10 @@ const POLLIN = 1
 
 const SQE_WORDS = 16
 const IOVEC_SIZE = 16
-/** Vectors of all entries of one submission. The kernel copies them at submission (IORING_FEAT_SUBMIT_STABLE), so the space is free after `submit`. */
+/**
+ * Vectors of all entries of one submission. The kernel copies them at submission (IORING_FEAT_SUBMIT_STABLE), so the
+ * space is free after `submit`.
+ */
 const VECTORS = 16384
 /** The most vectors that one readv or writev takes (IOV_MAX). */
 export const MAX_VECTORS = 1024
@@ -42,14 +45,20 @@ const EAGAIN = -11
 const EBUSY = -16
 const ETIME = -62
 
-/** What a write may do: be handed to io_uring, be durable when it completes, or be done directly while that doesn't block. */
+/**
+ * What a write may do: be handed to io_uring, be durable when it completes, or be done directly while that doesn't
+ * block.
+ */
 export const WRITE_PLAIN = 0
 export const WRITE_DSYNC = 1
 export const WRITE_BUFFERED = 2
 
 /** Entries for direct writes that the addon has. */
 const DIRECT_WRITES = 256
-/** A batch of direct writes that takes longer than this, beside its copying, has blocked: on dirty-page throttling or a journal. */
+/**
+ * A batch of direct writes that takes longer than this, beside its copying, has blocked: on dirty-page throttling or
+ * a journal.
+ */
 const DIRECT_BLOCKED_MS = 3
 const DIRECT_BYTES_PER_MS = 256 * 1024
 /** How long they are left to the kernel's workers then. */
@@ -132,7 +141,10 @@ export class IoRing {
     return this.#ring.fd
   }
 
-  /** The slot of `fd` in the fixed-file table (saves the kernel a look-up per request), or -1. Balance with `closeFile`. */
+  /**
+   * The slot of `fd` in the fixed-file table (saves the kernel a look-up per request), or -1. Balance with
+   * `closeFile`.
+   */
   openFile(fd: number): number {
     const known = this.#slots.get(fd)
     if (known !== undefined) {
@@ -210,7 +222,8 @@ export class IoRing {
     control[5] = 0
     this.#directRun = this.#directTail
     const now = performance.now()
-    if (now - start > DIRECT_BLOCKED_MS + this.#directBytes / DIRECT_BYTES_PER_MS) this.#directPause = now + DIRECT_PAUSE_MS
+    if (now - start > DIRECT_BLOCKED_MS + this.#directBytes / DIRECT_BYTES_PER_MS)
+      this.#directPause = now + DIRECT_PAUSE_MS
     this.#directBytes = 0
     return result
   }
@@ -231,9 +244,10 @@ export class IoRing {
   }
 
   /**
-   * Whether a buffered write is done by pwritev in the batch's native call instead of by io_uring, which hands every buffered write on a
-   * file system without non-blocking ones (ext4) to a kernel worker, at several times the price. It is, while such writes don't
-   * block: when dirty pages are throttled the workers take over for a while, so that other queues go on.
+   * Whether a buffered write is done by pwritev in the batch's native call instead of by io_uring, which hands every
+   * buffered write on a file system without non-blocking ones (ext4) to a kernel worker, at several times the price.
+   * It is, while such writes don't block: when dirty pages are throttled the workers take over for a while, so that
+   * other queues go on.
    */
   #writesDirectly(): boolean {
     if (this.#directTail === DIRECT_WRITES) return false
@@ -274,12 +288,26 @@ export class IoRing {
   }
 
   /** @param kind WRITE_PLAIN, WRITE_DSYNC or WRITE_BUFFERED */
-  write(fd: number, slot: number, offset: number, address: number, length: number, kind: number, low: number, high: number): void {
-    if (kind === WRITE_BUFFERED && this.#writesDirectly()) this.#prepareDirect(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
-    else this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
+  write(
+    fd: number,
+    slot: number,
+    offset: number,
+    address: number,
+    length: number,
+    kind: number,
+    low: number,
+    high: number
+  ): void {
+    if (kind === WRITE_BUFFERED && this.#writesDirectly())
+      this.#prepareDirect(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
+    else
+      this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
-  /** Makes room for `count` vectors (≤ MAX_VECTORS); `vector` then adds them, and `readVector` or `writeVector` uses them. */
+  /**
+   * Makes room for `count` vectors (≤ MAX_VECTORS); `vector` then adds them, and `readVector` or `writeVector` uses
+   * them.
+   */
   beginVectors(count: number): void {
     // Also when the entry itself would not fit: a submission between the vectors and their entry would free them.
     if (this.#vector + count > VECTORS || this.#submissions > this.#sqMask) this.#flush()
@@ -300,10 +328,21 @@ export class IoRing {
   }
 
   /** @param bytes the sum of the vectors' lengths */
-  writeVector(fd: number, slot: number, offset: number, count: number, bytes: number, kind: number, low: number, high: number): void {
+  writeVector(
+    fd: number,
+    slot: number,
+    offset: number,
+    count: number,
+    bytes: number,
+    kind: number,
+    low: number,
+    high: number
+  ): void {
     const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
-    if (kind === WRITE_BUFFERED && this.#writesDirectly()) this.#prepareDirect(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
-    else this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
+    if (kind === WRITE_BUFFERED && this.#writesDirectly())
+      this.#prepareDirect(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
+    else
+      this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
   fdatasync(fd: number, slot: number, low: number, high: number): void {
@@ -321,8 +360,8 @@ export class IoRing {
   }
 
   /**
-   * Ends the poll whose user_data is (pollLow, pollHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which leaves a poll alone (-EALREADY) that has just
-   * been woken.
+   * Ends the poll whose user_data is (pollLow, pollHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which
+   * leaves a poll alone (-EALREADY) that has just been woken.
    */
   cancel(pollLow: number, pollHigh: number, low: number, high: number): void {
     this.#prepare(IORING_OP_ASYNC_CANCEL, -1, -1, 0, pollLow + pollHigh * 0x1_0000_0000, 0, 0, low, high)
@@ -364,7 +403,16 @@ export class IoRing {
     this.#rings[this.#sqTail] = this.#tail
   }
 
-  #prepareDirect(opcode: number, fd: number, offset: number, address: number, length: number, bytes: number, low: number, high: number): void {
+  #prepareDirect(
+    opcode: number,
+    fd: number,
+    offset: number,
+    address: number,
+    length: number,
+    bytes: number,
+    low: number,
+    high: number
+  ): void {
     const direct = this.#direct
     const at = this.#directTail * SQE_WORDS
     direct[at] = opcode

@@ -1,6 +1,7 @@
 /**
- * `virtiod bench`: load on any vhost-user-blk socket and what came of it: throughput, latency, notifications, the back-end's
- * CPU time. It owns the measuring loop. It must not know the command line: the caller parses options and prints the text.
+ * `virtiod bench`: load on any vhost-user-blk socket and what came of it: throughput, latency, notifications, the
+ * back-end's CPU time. It owns the measuring loop. It must not know the command line: the caller parses options and
+ * prints the text.
  */
 import { decodeBlkConfig, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO } from '../virtio/blk.ts'
 import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC } from '../virtio/constants.ts'
@@ -269,7 +270,10 @@ class Run {
 
   #sinceCheck = 0
 
-  /** As a guest's interrupt handling: ask for calls, look again, sleep, then ask for none while working. All rings share one call eventfd. */
+  /**
+   * As a guest's interrupt handling: ask for calls, look again, sleep, then ask for none while working. All rings
+   * share one call eventfd.
+   */
   #sleep(): void {
     for (const ring of this.#rings) if (ring.driver.enableCalls()) return
     this.#rings[0]?.waitForCall(100)

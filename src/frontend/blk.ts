@@ -1,9 +1,9 @@
 /**
- * virtio-blk requests over a virtqueue (virtio 1.3 §5.2.6): any type, any framing, one at a time or many in flight. It owns
- * an arena of guest memory per region for headers, data and status bytes. It must not know the connection.
+ * virtio-blk requests over a virtqueue (virtio 1.3 §5.2.6): any type, any framing, one at a time or many in flight.
+ * It owns an arena of guest memory per region for headers, data and status bytes. It must not know the connection.
  *
- * A request is two byte streams, header + data for the device to read, data + status for it to write, and each stream may
- * be cut into descriptors anywhere (§2.7.4 "Message Framing"): that is how odd framings are made here.
+ * A request is two byte streams, header + data for the device to read, data + status for it to write, and each stream
+ * may be cut into descriptors anywhere (§2.7.4 "Message Framing"): that is how odd framings are made here.
  */
 import {
   VIRTIO_BLK_DISCARD_SEGMENT_SIZE,
@@ -40,7 +40,10 @@ export interface Framing {
   readonly skew?: number
   /** Region of the pieces; default 0. */
   readonly region?: number
-  /** Where a piece lies, when the arena won't do (straddling regions): a guest-physical address, or undefined for the arena. */
+  /**
+   * Where a piece lies, when the arena won't do (straddling regions): a guest-physical address, or undefined for the
+   * arena.
+   */
   readonly place?: (length: number, writable: boolean, index: number) => number | undefined
 }
 

@@ -1,6 +1,6 @@
 /**
- * One vhost-user socket, seen from the front-end: whole messages out and in, blocking, with a time limit. It owns the fd and
- * the framing. It must not know what the messages mean.
+ * One vhost-user socket, seen from the front-end: whole messages out and in, blocking, with a time limit. It owns the
+ * fd and the framing. It must not know what the messages mean.
  */
 import { native, systemError } from '../native.ts'
 import { HEADER_SIZE, requestName } from '../vhost-user/wire.ts'

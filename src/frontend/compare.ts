@@ -1,9 +1,10 @@
 /**
- * `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short measurements, and
- * fio on the file itself. It owns the test file, the order of the rounds and the table.
+ * `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short
+ * measurements, and fio on the file itself. It owns the test file, the order of the rounds and the table.
  *
- * Placement decides latency, so each back-end is pinned to one processor and the load generator to another. Each case runs
- * both back-ends right after one another, and a ratio is taken within a round: what the machine does meanwhile hits both.
+ * Placement decides latency, so each back-end is pinned to one processor and the load generator to another. Each case
+ * runs both back-ends right after one another, and a ratio is taken within a round: what the machine does meanwhile
+ * hits both.
  */
 import { execFile } from 'node:child_process'
 import { randomFillSync } from 'node:crypto'
@@ -193,7 +194,9 @@ async function checkMachine(options: CompareOptions): Promise<void> {
 const TMPFS_MAGIC = 0x0102_1994
 const RAMFS_MAGIC = 0x8584_58f6
 
-/** Makes the file (random contents, fully written) and brings it into the page cache. Returns whether it was created. */
+/**
+ * Makes the file (random contents, fully written) and brings it into the page cache. Returns whether it was created.
+ */
 function prepareFile(file: string, size: number, log: (line: string) => void): boolean {
   const { type } = statfsSync(dirname(file))
   if (type === TMPFS_MAGIC || type === RAMFS_MAGIC) {
@@ -212,8 +215,9 @@ function prepareFile(file: string, size: number, log: (line: string) => void): b
   try {
     if (!exists) {
       log(`writing ${file}, ${size / 2 ** 20} MiB`)
-      // In pieces of 4 KiB, so that the page cache holds single pages. Written in large pieces it holds large folios, and then ext4
-      // needs 39 µs instead of 5 for each 4 KiB write into one (Linux 6.18): the kernel would be measured, not the back-end.
+      // In pieces of 4 KiB, so that the page cache holds single pages. Written in large pieces it holds large folios,
+      // and then ext4 needs 39 µs instead of 5 for each 4 KiB write into one (Linux 6.18): the kernel would be
+      // measured, not the back-end.
       for (let at = 0; at < size; at += 4096) {
         const from = at % chunk.length
         if (from === 0) randomFillSync(chunk, 0, 65536)
@@ -229,8 +233,8 @@ function prepareFile(file: string, size: number, log: (line: string) => void): b
 }
 
 /**
- * Rewrites the file with what is in it: every page is dirty afterwards. Otherwise a short write benchmark measures what the file
- * system does at the first write to a clean page, which has nothing to do with the back-end.
+ * Rewrites the file with what is in it: every page is dirty afterwards. Otherwise a short write benchmark measures
+ * what the file system does at the first write to a clean page, which has nothing to do with the back-end.
  */
 function dirtyFile(file: string): void {
   const fd = openSync(file, 'r+')

@@ -1,7 +1,7 @@
 /**
  * A vhost-user front-end's connection: every request of the specification as a method. It owns the negotiated protocol
- * features (they decide about NEED_REPLY) and the back-end channel. It must not know rings or devices; `session.ts` puts the
- * requests in order.
+ * features (they decide about NEED_REPLY) and the back-end channel. It must not know rings or devices; `session.ts`
+ * puts the requests in order.
  *
  * Everything blocks, with a time limit: this is for tools and tests, where one thread plays one guest.
  */
@@ -44,7 +44,8 @@ export class Connection {
   /** What SET_PROTOCOL_FEATURES negotiated last. */
   protocolFeatures = 0n
   /**
-   * `auto`: NEED_REPLY on every request without a reply when REPLY_ACK is negotiated. `none`: never. `always`: even unnegotiated.
+   * `auto`: NEED_REPLY on every request without a reply when REPLY_ACK is negotiated. `none`: never. `always`: even
+   * unnegotiated.
    */
   ackMode: AckMode = 'auto'
   #backend: Channel | undefined
@@ -95,7 +96,10 @@ export class Connection {
     return this.#reply(request)
   }
 
-  /** A request without a reply, acknowledged as `ackMode` says. @throws FrontendError nack when the back-end refused it */
+  /**
+   * A request without a reply, acknowledged as `ackMode` says. @throws FrontendError nack when the back-end refused
+   * it
+   */
   command(
     request: number,
     payload: Uint8Array = EMPTY,

@@ -2,9 +2,9 @@
  * What a virtqueue looks like to code that drives a device: the split ring implements it, the packed ring can. It knows
  * chains and notifications; it must not know requests, sockets or eventfds.
  *
- * Life of a chain: `build` writes descriptors and takes them · `issue` puts the chain into the next free place of the ring ·
- * `publish` shows all issued chains to the device and kicks it if it wants that · `pop` returns a chain that the device has
- * used · `issue` again, or `release`. Nothing here allocates except `build`.
+ * Life of a chain: `build` writes descriptors and takes them · `issue` puts the chain into the next free place of the
+ * ring · `publish` shows all issued chains to the device and kicks it if it wants that · `pop` returns a chain that
+ * the device has used · `issue` again, or `release`. Nothing here allocates except `build`.
  */
 
 /** One buffer of a chain. */
@@ -65,6 +65,9 @@ export interface VirtqueueDriver {
   enableCalls(): boolean
   /** Asks for no calls. It is a hint: one may still come. */
   disableCalls(): void
-  /** How far the driver has read the used ring, as SET_VRING_BASE of a resumed ring wants it when nothing is in flight. */
+  /**
+   * How far the driver has read the used ring, as SET_VRING_BASE of a resumed ring wants it when nothing is in
+   * flight.
+   */
   readonly base: number
 }

@@ -57,8 +57,9 @@ export function nameProtocolFeatures(features: bigint): NamedBit[] {
 }
 
 /**
- * Which device offers these bits. The wire does not say (the front-end has to know), so this goes by bits that only one of them
- * has: block disks offer BLK_SIZE (6, unused in net) or SEG_MAX with FLUSH; network devices offer checksum, merged buffers, a control queue.
+ * Which device offers these bits. The wire does not say (the front-end has to know), so this goes by bits that only
+ * one of them has: block disks offer BLK_SIZE (6, unused in net) or SEG_MAX with FLUSH; network devices offer
+ * checksum, merged buffers, a control queue.
  */
 export function guessDevice(features: bigint, hasConfig: boolean): DeviceKind {
   const has = (bit: number): boolean => ((features >> BigInt(bit)) & 1n) === 1n

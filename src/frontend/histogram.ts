@@ -1,6 +1,6 @@
 /**
- * A latency histogram on a typed array: log-linear buckets (64 per power of two, so at most 1.6 % wide), no allocation when
- * recording. Pure arithmetic; the unit is the caller's.
+ * A latency histogram on a typed array: log-linear buckets (64 per power of two, so at most 1.6 % wide), no
+ * allocation when recording. Pure arithmetic; the unit is the caller's.
  */
 
 const SUB_BITS = 6
@@ -30,7 +30,10 @@ export class Histogram {
     return this.count === 0 ? 0 : this.sum / this.count
   }
 
-  /** The value that `fraction` (0 … 1) of all records don't exceed: the upper end of its bucket, at most `max`. 0 when empty. */
+  /**
+   * The value that `fraction` (0 … 1) of all records don't exceed: the upper end of its bucket, at most `max`. 0 when
+   * empty.
+   */
   percentile(fraction: number): number {
     if (this.count === 0) return 0
     const rank = Math.max(1, Math.ceil(fraction * this.count))

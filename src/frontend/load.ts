@@ -1,9 +1,9 @@
 /**
- * The load generator's hot path for one virtqueue: `depth` block requests always in flight, their chains built once. Nothing
- * is allocated per request. It must not know sockets or printing.
+ * The load generator's hot path for one virtqueue: `depth` block requests always in flight, their chains built once.
+ * Nothing is allocated per request. It must not know sockets or printing.
  *
- * Per round: take everything the device has used, note the latency, give each chain its next sector, publish the batch with
- * one store. One clock reading serves the whole batch.
+ * Per round: take everything the device has used, note the latency, give each chain its next sector, publish the
+ * batch with one store. One clock reading serves the whole batch.
  */
 import { VIRTIO_BLK_HEADER_SIZE, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT } from '../virtio/blk.ts'
 import { VIRTQ_DESC_SIZE } from '../virtio/constants.ts'

@@ -1,9 +1,11 @@
 /**
- * The memory of a pretended guest: one or several regions of guest-physical addresses, each backed by its own memfd, and a
- * bump allocator over them. It owns the memfds and mappings. It must not know rings, requests or the connection.
+ * The memory of a pretended guest: one or several regions of guest-physical addresses, each backed by its own memfd,
+ * and a bump allocator over them. It owns the memfds and mappings. It must not know rings, requests or the
+ * connection.
  *
- * A layout chooses guest-physical (GPA) and front-end user addresses (UVA) freely: the back-end must translate by the table
- * it was given, so an offset in the file, a GPA and a UVA are all different here by default, with a hole in between.
+ * A layout chooses guest-physical (GPA) and front-end user addresses (UVA) freely: the back-end must translate by the
+ * table it was given, so an offset in the file, a GPA and a UVA are all different here by default, with a hole in
+ * between.
  */
 import { native, systemError } from '../native.ts'
 import { FrontendError } from './errors.ts'
@@ -50,7 +52,10 @@ export const layouts = {
     { gpa: 0, uva: 0x7f20_0000_0000, size },
     { gpa: 4 * GIB, uva: 0x7f28_0000_0000, size, offset: 4096 },
   ],
-  /** Two regions that touch in guest-physical space and lie apart (in reverse order) in user space: buffers can straddle them. */
+  /**
+   * Two regions that touch in guest-physical space and lie apart (in reverse order) in user space: buffers can
+   * straddle them.
+   */
   adjacent: (size: number): RegionLayout[] => [
     { gpa: GIB, uva: 0x7f38_0000_0000, size },
     { gpa: GIB + size, uva: 0x7f30_0000_0000, size, offset: 8192 },

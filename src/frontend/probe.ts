@@ -1,6 +1,6 @@
 /**
- * `virtiod probe`: what any vhost-user socket offers, without starting a ring. It owns the questions and the text. It must not know
- * the command line.
+ * `virtiod probe`: what any vhost-user socket offers, without starting a ring. It owns the questions and the text. It
+ * must not know the command line.
  */
 
 import {

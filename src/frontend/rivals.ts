@@ -1,6 +1,6 @@
 /**
- * The back-ends that a comparison starts: virtiod, qemu-storage-daemon, and fio for the plain file. It owns their processes.
- * It must not know what is measured.
+ * The back-ends that a comparison starts: virtiod, qemu-storage-daemon, and fio for the plain file. It owns their
+ * processes. It must not know what is measured.
  */
 
 import type { ChildProcess } from 'node:child_process'

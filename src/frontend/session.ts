@@ -160,7 +160,10 @@ export class Session {
     return queue
   }
 
-  /** Tells the back-end about all regions: ADD_MEM_REG each with CONFIGURE_MEM_SLOTS (as QEMU does), else SET_MEM_TABLE. */
+  /**
+   * Tells the back-end about all regions: ADD_MEM_REG each with CONFIGURE_MEM_SLOTS (as QEMU does), else
+   * SET_MEM_TABLE.
+   */
   shareMemory(): void {
     const regions = this.memory.regions.map(wireRegion)
     if (this.hasProtocol(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)) {

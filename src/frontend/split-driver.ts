@@ -1,6 +1,7 @@
 /**
- * The driver half of the split virtqueue (virtio 1.3 §2.7): descriptors, available ring, used ring, notification suppression
- * by flags or by EVENT_IDX. Pure: it works on any buffers and kicks through a function. It must not know eventfds or requests.
+ * The driver half of the split virtqueue (virtio 1.3 §2.7): descriptors, available ring, used ring, notification
+ * suppression by flags or by EVENT_IDX. Pure: it works on any buffers and kicks through a function. It must not know
+ * eventfds or requests.
  *
  * Every index of the ring is a u16 that wraps; each is masked with 0xffff before it is compared.
  */
@@ -185,8 +186,8 @@ export class SplitDriver implements VirtqueueDriver {
     if (next === previous) return false
     this.#published = next
     this.counters.issued += (next - previous) & 0xffff
-    // ORDER: sequentially consistent store of idx: ring entries and descriptors before it, the read of the device's wish for
-    // kicks after it. Pairs with the device's store of avail_event (or flags) before its last look at idx.
+    // ORDER: sequentially consistent store of idx: ring entries and descriptors before it, the read of the device's
+    // wish for kicks after it. Pairs with the device's store of avail_event (or flags) before its last look at idx.
     Atomics.store(this.#avail, this.#availAt + 1, next)
     const wanted = this.#eventIdx
       ? needEvent(Atomics.load(this.#used16, this.#used16At + 2 + 4 * this.size), next, previous)
@@ -242,8 +243,8 @@ export class SplitDriver implements VirtqueueDriver {
 
   enableCalls(): boolean {
     this.#callsOff = false
-    // ORDER: the wish for calls before the last look at the used index (the load below). Pairs with the device's store of
-    // idx before its read of used_event or of the flags: one of the two sees the other.
+    // ORDER: the wish for calls before the last look at the used index (the load below). Pairs with the device's
+    // store of idx before its read of used_event or of the flags: one of the two sees the other.
     if (this.#eventIdx) this.#usedEventStore(this.#lastUsed)
     else Atomics.store(this.#avail, this.#availAt, 0)
     return Atomics.load(this.#used16, this.#used16At + 1) !== this.#lastUsed

@@ -1,6 +1,6 @@
 /**
- * One started virtqueue of a session: the ring's memory, its three eventfds, and waiting for completions (by polling, or by
- * sleeping until the back-end calls). It owns the eventfds. It must not know what the chains mean.
+ * One started virtqueue of a session: the ring's memory, its three eventfds, and waiting for completions (by polling,
+ * or by sleeping until the back-end calls). It owns the eventfds. It must not know what the chains mean.
  */
 import { native, systemError } from '../native.ts'
 import type { Connection } from './connection.ts'
@@ -19,7 +19,10 @@ export interface VirtqueueOptions {
   readonly ringRegions?: readonly [number, number, number]
   /** First index of both rings; default 0. */
   readonly base?: number
-  /** A call eventfd to share with another ring (as interrupt vectors can be shared); it stays the other's. Default: one of its own. */
+  /**
+   * A call eventfd to share with another ring (as interrupt vectors can be shared); it stays the other's. Default:
+   * one of its own.
+   */
   readonly callFd?: number
 }
 

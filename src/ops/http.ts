@@ -1,6 +1,6 @@
 /**
- * The operations server: GET /metrics and /healthz over HTTP, on loopback or a unix socket. It must not know the daemon:
- * what to answer comes from two callbacks.
+ * The operations server: GET /metrics and /healthz over HTTP, on loopback or a unix socket. It must not know the
+ * daemon: what to answer comes from two callbacks.
  */
 import { lstatSync, unlinkSync } from 'node:fs'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
@@ -13,7 +13,10 @@ export type MetricsAddress = { readonly host: string; readonly port: number } | 
 export interface OperationsHandlers {
   /** The text of /metrics. */
   metrics(): Promise<string>
-  /** Resolves with undefined when all is well, else with what is wrong; the server waits at most {@link HEALTH_TIMEOUT_MS} for it. */
+  /**
+   * Resolves with undefined when all is well, else with what is wrong; the server waits at most {@link
+   * HEALTH_TIMEOUT_MS} for it.
+   */
   health(): Promise<string | undefined>
 }
 
@@ -74,7 +77,10 @@ function listen(server: Server, address: MetricsAddress): Promise<void> {
   })
 }
 
-/** A socket that nobody answers on was left by a process that was killed. Connecting to a plain file is refused as well: look first. */
+/**
+ * A socket that nobody answers on was left by a process that was killed. Connecting to a plain file is refused as
+ * well: look first.
+ */
 async function listenReplacingStale(server: Server, address: MetricsAddress): Promise<void> {
   try {
     await listen(server, address)

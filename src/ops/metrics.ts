@@ -1,7 +1,7 @@
 /**
- * /metrics: a {@link DaemonSnapshot} as Prometheus text, plus prom-client's metrics of the process. {@link METRICS} is the list, which
- * README shows. Counting happens elsewhere, in plain shared memory; nothing here runs until somebody asks. It loads
- * prom-client (40 ms): import it at the first scrape, not at the start.
+ * /metrics: a {@link DaemonSnapshot} as Prometheus text, plus prom-client's metrics of the process. {@link METRICS}
+ * is the list, which README shows. Counting happens elsewhere, in plain shared memory; nothing here runs until
+ * somebody asks. It loads prom-client (40 ms): import it at the first scrape, not at the start.
  */
 import { collectDefaultMetrics, type Metric, Registry } from 'prom-client'
 import { type DaemonSnapshot, type DeviceSnapshot, LATENCY_BUCKETS, type QueueSnapshot } from './snapshot.ts'

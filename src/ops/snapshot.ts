@@ -64,8 +64,8 @@ export interface OperationSnapshot {
   /** Payload bytes of these requests. */
   readonly bytes: number
   /**
-   * Requests by latency from pop to push, {@link LATENCY_BUCKETS} + 1 counts, not cumulative: [i] = more than 2^(i−1) µs
-   * and at most 2^i µs; the last one = more than 2^23 µs.
+   * Requests by latency from pop to push, {@link LATENCY_BUCKETS} + 1 counts, not cumulative: [i] = more than 2^(i−1)
+   * µs and at most 2^i µs; the last one = more than 2^23 µs.
    */
   readonly latencyBuckets: ArrayLike<number>
   /** Sum of the latencies in seconds. */

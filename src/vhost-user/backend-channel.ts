@@ -1,4 +1,7 @@
-/** The back-end's own requests to the front-end (vhost-user.rst "Back-end communication"): a second socket that it handed to us. */
+/**
+ * The back-end's own requests to the front-end (vhost-user.rst "Back-end communication"): a second socket that it
+ * handed to us.
+ */
 import { native } from '../native.ts'
 import { ProtocolError } from './errors.ts'
 import { HEADER_SIZE, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, VHOST_USER_VERSION } from './wire.ts'
@@ -17,7 +20,10 @@ export class BackendChannel implements Disposable {
     this.#fd = fd
   }
 
-  /** CONFIG_CHANGE_MSG without NEED_REPLY: an answer would have nothing to say. Returns false when the front-end does not read. */
+  /**
+   * CONFIG_CHANGE_MSG without NEED_REPLY: an answer would have nothing to say. Returns false when the front-end does
+   * not read.
+   */
   configChanged(): boolean {
     const bytes = new Uint8Array(HEADER_SIZE)
     const view = new DataView(bytes.buffer)

@@ -1,6 +1,6 @@
 /**
- * One connected socket: messages in, replies out, and every received fd owned by somebody until it is closed. It checks the
- * framing; what a request means is the session's business.
+ * One connected socket: messages in, replies out, and every received fd owned by somebody until it is closed. It
+ * checks the framing; what a request means is the session's business.
  */
 import { native, systemError } from '../native.ts'
 import { ProtocolError } from './errors.ts'
@@ -11,7 +11,7 @@ import {
   VHOST_USER_NEED_REPLY_MASK,
   VHOST_USER_REPLY_MASK,
   VHOST_USER_VERSION,
-  VHOST_USER_VERSION_MASK
+  VHOST_USER_VERSION_MASK,
 } from './wire.ts'
 
 const EAGAIN = -11
@@ -83,15 +83,24 @@ export class Connection implements Disposable {
       const flags = header.getUint32(4, true)
       const size = header.getUint32(8, true)
       if ((flags & VHOST_USER_VERSION_MASK) !== VHOST_USER_VERSION) {
-        throw new ProtocolError('ERR_PROTOCOL_HEADER', `protocol version ${flags & VHOST_USER_VERSION_MASK}, this is version 1`)
+        throw new ProtocolError(
+          'ERR_PROTOCOL_HEADER',
+          `protocol version ${flags & VHOST_USER_VERSION_MASK}, this is version 1`
+        )
       }
-      if ((flags & VHOST_USER_REPLY_MASK) !== 0) throw new ProtocolError('ERR_PROTOCOL_HEADER', 'a request with the reply flag')
+      if ((flags & VHOST_USER_REPLY_MASK) !== 0)
+        throw new ProtocolError('ERR_PROTOCOL_HEADER', 'a request with the reply flag')
       if (size > MAX_PAYLOAD_SIZE) throw new ProtocolError('ERR_PROTOCOL_HEADER', `a payload of ${size} bytes`)
       const payload = new Uint8Array(size)
       if (size > 0 && (await this.#fill(payload, fds)) === 'end') {
         throw new ProtocolError('ERR_PROTOCOL_PEER', 'the connection ended inside a message')
       }
-      const message = new Message(request, (flags & VHOST_USER_NEED_REPLY_MASK) !== 0, new DataView(payload.buffer), fds.slice())
+      const message = new Message(
+        request,
+        (flags & VHOST_USER_NEED_REPLY_MASK) !== 0,
+        new DataView(payload.buffer),
+        fds.slice()
+      )
       fds.length = 0
       return message
     } finally {
@@ -109,7 +118,8 @@ export class Connection implements Disposable {
     bytes.set(payload, HEADER_SIZE)
     const sent = native.sendMessage(this.#fd, bytes, 0, bytes.length, this.#received, 0, false)
     // Replies are small: a socket that has no room for one belongs to a front-end that doesn't read.
-    if (sent !== bytes.length && !this.#closed) throw new ProtocolError('ERR_PROTOCOL_PEER', 'the front-end does not read its replies')
+    if (sent !== bytes.length && !this.#closed)
+      throw new ProtocolError('ERR_PROTOCOL_PEER', 'the front-end does not read its replies')
   }
 
   /** Makes the pending and all later reads return undefined. */
@@ -133,12 +143,15 @@ export class Connection implements Disposable {
         await this.#readiness.wait()
         continue
       }
-      if (received < 0 && received !== ECONNRESET) throw systemError(received, 'recvmsg', 'cannot read from the front-end')
+      if (received < 0 && received !== ECONNRESET)
+        throw systemError(received, 'recvmsg', 'cannot read from the front-end')
       const count = this.#received[0]!
       for (let i = 0; i < count; i++) fds.push(this.#received[2 + i]!)
-      if ((this.#received[1]! & MSG_CTRUNC) !== 0) throw new ProtocolError('ERR_PROTOCOL_FDS', 'more file descriptors than a message can carry')
+      if ((this.#received[1]! & MSG_CTRUNC) !== 0)
+        throw new ProtocolError('ERR_PROTOCOL_FDS', 'more file descriptors than a message can carry')
       if (received <= 0) {
-        if (filled > 0 || fds.length > 0) throw new ProtocolError('ERR_PROTOCOL_PEER', 'the connection ended inside a message')
+        if (filled > 0 || fds.length > 0)
+          throw new ProtocolError('ERR_PROTOCOL_PEER', 'the connection ended inside a message')
         return 'end'
       }
       filled += received

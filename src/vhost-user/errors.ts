@@ -1,6 +1,6 @@
 /**
- * The front-end broke the protocol: the request is refused with a NACK when it asked for a reply, else its connection is closed. Other sessions don't
- * notice.
+ * The front-end broke the protocol: the request is refused with a NACK when it asked for a reply, else its connection
+ * is closed. Other sessions don't notice.
  */
 export class ProtocolError extends Error {
   override readonly name = 'ProtocolError'
@@ -23,7 +23,7 @@ export const PROTOCOL_ERRORS = {
   ERR_PROTOCOL_MEMORY: 'a memory region is misaligned, overlaps, exceeds its file, cannot be mapped or is unknown',
   ERR_PROTOCOL_VRING: 'a ring has a wrong index, size, address or state for the request',
   ERR_PROTOCOL_CONFIG: 'the config space was accessed out of bounds or a read-only field was written',
-  ERR_PROTOCOL_PEER: 'the front-end ended inside a message or does not read its replies'
+  ERR_PROTOCOL_PEER: 'the front-end ended inside a message or does not read its replies',
 } as const
 
 export type ProtocolErrorCode = keyof typeof PROTOCOL_ERRORS

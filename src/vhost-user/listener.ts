@@ -71,7 +71,10 @@ export class Listener implements Disposable {
   }
 }
 
-/** A connection that was handed down as an fd, or undefined when the fd is a listening socket. @throws a system error when it is no unix socket */
+/**
+ * A connection that was handed down as an fd, or undefined when the fd is a listening socket. @throws a system error
+ * when it is no unix socket
+ */
 export function connectedSocket(fd: number): Connection | undefined {
   const kind = native.socketKind(fd)
   if (kind < 0) throw systemError(kind, 'getsockopt', `fd ${fd} is no unix stream socket`)

@@ -1,6 +1,6 @@
 /**
- * The front-end's memory regions: checked, mapped, translated. It owns the mappings until `release`; who may still use them
- * is the session's business.
+ * The front-end's memory regions: checked, mapped, translated. It owns the mappings until `release`; who may still
+ * use them is the session's business.
  */
 import { native } from '../native.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
@@ -61,17 +61,24 @@ export class MemoryTable {
     if (others.length >= MAX_MEM_SLOTS) throw memoryError(`more than ${MAX_MEM_SLOTS} regions`)
     if (size === 0n) throw memoryError('a region of 0 bytes')
     for (const [name, value] of Object.entries(description)) {
-      if (value % PAGE !== 0n) throw memoryError(`${name} 0x${(value as bigint).toString(16)} is not a multiple of 4096`)
+      if (value % PAGE !== 0n)
+        throw memoryError(`${name} 0x${(value as bigint).toString(16)} is not a multiple of 4096`)
     }
-    if (guestAddress + size > ADDRESS_LIMIT || userAddress + size > ADDRESS_LIMIT || mmapOffset + size > ADDRESS_LIMIT) {
+    if (
+      guestAddress + size > ADDRESS_LIMIT ||
+      userAddress + size > ADDRESS_LIMIT ||
+      mmapOffset + size > ADDRESS_LIMIT
+    ) {
       throw memoryError('a region reaches beyond 2^53')
     }
     const gpa = Number(guestAddress)
     const uva = Number(userAddress)
     const length = Number(size)
     for (const other of others) {
-      if (gpa < other.gpa + other.size && other.gpa < gpa + length) throw memoryError('two regions overlap in guest memory')
-      if (uva < other.uva + other.size && other.uva < uva + length) throw memoryError("two regions overlap in the front-end's memory")
+      if (gpa < other.gpa + other.size && other.gpa < gpa + length)
+        throw memoryError('two regions overlap in guest memory')
+      if (uva < other.uva + other.size && other.uva < uva + length)
+        throw memoryError("two regions overlap in the front-end's memory")
     }
     const mapping = mapRegion(fd, Number(mmapOffset), length)
     return new MappedRegion(gpa, length, uva, mapping.address, mapping.buffer)
@@ -81,7 +88,9 @@ export class MemoryTable {
   translate(uva: bigint, length: number): number | undefined {
     if (uva >= ADDRESS_LIMIT) return undefined
     const address = Number(uva)
-    const region = this.regions.find((candidate) => address >= candidate.uva && address < candidate.uva + candidate.size)
+    const region = this.regions.find(
+      (candidate) => address >= candidate.uva && address < candidate.uva + candidate.size
+    )
     if (region === undefined || length > region.uva + region.size - address) return undefined
     return region.gpa + (address - region.uva)
   }

@@ -1,6 +1,6 @@
 /**
- * The requests that a session serves, one row each: payload size, fds, the protocol feature that it belongs to, and what it
- * does. A request that has no row is refused.
+ * The requests that a session serves, one row each: payload size, fds, the protocol feature that it belongs to, and
+ * what it does. A request that has no row is refused.
  */
 import type { Message } from './connection.ts'
 import { ProtocolError } from './errors.ts'
@@ -42,7 +42,7 @@ function effect(
     serve: async (session, view, message) => {
       await serve(session, view, message)
       return undefined
-    }
+    },
   }
 }
 
@@ -58,8 +58,14 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
   // Deprecated; the spec advises to ignore it, since front-ends send it when they mean other things.
   [wire.VHOST_USER_RESET_OWNER]: effect(0, () => {}),
   [wire.VHOST_USER_GET_PROTOCOL_FEATURES]: query(0, (session) => wire.u64(session.offeredProtocolFeatures)),
-  [wire.VHOST_USER_SET_PROTOCOL_FEATURES]: effect(8, (session, payload) => session.setProtocolFeatures(payload.getBigUint64(0, true))),
-  [wire.VHOST_USER_GET_QUEUE_NUM]: query(0, (session) => wire.u64(BigInt(session.rings.length)), wire.VHOST_USER_PROTOCOL_F_MQ),
+  [wire.VHOST_USER_SET_PROTOCOL_FEATURES]: effect(8, (session, payload) =>
+    session.setProtocolFeatures(payload.getBigUint64(0, true))
+  ),
+  [wire.VHOST_USER_GET_QUEUE_NUM]: query(
+    0,
+    (session) => wire.u64(BigInt(session.rings.length)),
+    wire.VHOST_USER_PROTOCOL_F_MQ
+  ),
 
   [wire.VHOST_USER_SET_MEM_TABLE]: effect(
     [8, 8 + wire.VHOST_MEMORY_BASELINE_NREGIONS * wire.MEMORY_REGION_SIZE],
@@ -68,8 +74,11 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
       if (payload.byteLength !== 8 + count * wire.MEMORY_REGION_SIZE) {
         throw new ProtocolError('ERR_PROTOCOL_SIZE', `${payload.byteLength} bytes for ${count} regions`)
       }
-      if (message.fdCount !== count) throw new ProtocolError('ERR_PROTOCOL_FDS', `${message.fdCount} file descriptors for ${count} regions`)
-      const regions = Array.from({ length: count }, (_, i) => wire.readMemoryRegion(payload, 8 + i * wire.MEMORY_REGION_SIZE))
+      if (message.fdCount !== count)
+        throw new ProtocolError('ERR_PROTOCOL_FDS', `${message.fdCount} file descriptors for ${count} regions`)
+      const regions = Array.from({ length: count }, (_, i) =>
+        wire.readMemoryRegion(payload, 8 + i * wire.MEMORY_REGION_SIZE)
+      )
       return session.setMemoryTable(regions, message.fds)
     },
     { fds: [0, wire.VHOST_MEMORY_BASELINE_NREGIONS] }
@@ -126,10 +135,14 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
     session.setVringEnable(payload.getUint32(0, true), payload.getUint32(4, true))
   ),
 
-  [wire.VHOST_USER_SET_BACKEND_REQ_FD]: effect(0, (session, _payload, message) => session.setBackendChannel(message.take()[0]!), {
-    fds: [1, 1],
-    feature: wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ
-  }),
+  [wire.VHOST_USER_SET_BACKEND_REQ_FD]: effect(
+    0,
+    (session, _payload, message) => session.setBackendChannel(message.take()[0]!),
+    {
+      fds: [1, 1],
+      feature: wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    }
+  ),
   [wire.VHOST_USER_GET_CONFIG]: query(
     [CONFIG_HEADER, CONFIG_HEADER + wire.VHOST_USER_MAX_CONFIG_SIZE],
     (session, payload) => {
@@ -152,9 +165,14 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
       if (CONFIG_HEADER + size !== payload.byteLength) {
         throw new ProtocolError('ERR_PROTOCOL_SIZE', `${payload.byteLength} bytes for a config write of ${size}`)
       }
-      session.setConfig(payload.getUint32(0, true), new Uint8Array(payload.buffer, payload.byteOffset + CONFIG_HEADER, size))
+      session.setConfig(
+        payload.getUint32(0, true),
+        new Uint8Array(payload.buffer, payload.byteOffset + CONFIG_HEADER, size)
+      )
     },
     { feature: wire.VHOST_USER_PROTOCOL_F_CONFIG }
   ),
-  [wire.VHOST_USER_RESET_DEVICE]: effect(0, (session) => session.resetDevice(), { feature: wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE })
+  [wire.VHOST_USER_RESET_DEVICE]: effect(0, (session) => session.resetDevice(), {
+    feature: wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+  }),
 }

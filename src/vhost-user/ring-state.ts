@@ -42,7 +42,10 @@ export class RingState {
     this.enabled = false
   }
 
-  /** What an iothread needs to serve the ring. @throws ProtocolError for an address that is misaligned or outside the memory */
+  /**
+   * What an iothread needs to serve the ring. @throws ProtocolError for an address that is misaligned or outside the
+   * memory
+   */
   configure(memory: MemoryTable, features: bigint): VringConfig {
     const address = this.address!
     const eventIdx = hasFeature(features, VIRTIO_F_EVENT_IDX)
@@ -54,7 +57,7 @@ export class RingState {
       device: translate(memory, 'used ring', address.used, bytes.device, 4),
       base: this.base,
       eventIdx,
-      indirect: hasFeature(features, VIRTIO_F_INDIRECT_DESC)
+      indirect: hasFeature(features, VIRTIO_F_INDIRECT_DESC),
     }
   }
 
@@ -68,7 +71,8 @@ export class RingState {
 
 /** Alignments: virtio 1.3 §2.7. */
 function translate(memory: MemoryTable, part: string, uva: bigint, length: number, align: number): number {
-  if (uva % BigInt(align) !== 0n) throw new ProtocolError('ERR_PROTOCOL_VRING', `the ${part} is not aligned to ${align} bytes`)
+  if (uva % BigInt(align) !== 0n)
+    throw new ProtocolError('ERR_PROTOCOL_VRING', `the ${part} is not aligned to ${align} bytes`)
   const gpa = memory.translate(uva, length)
   if (gpa === undefined) throw new ProtocolError('ERR_PROTOCOL_VRING', `the ${part} is not inside one memory region`)
   return gpa

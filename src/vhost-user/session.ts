@@ -1,6 +1,7 @@
 /**
- * One front-end on one connection: the vhost-user state machine. One row per request says what it may carry and what it does;
- * ring states are those of vhost-user.rst "Ring states": started or stopped, and independently enabled or disabled.
+ * One front-end on one connection: the vhost-user state machine. One row per request says what it may carry and what
+ * it does; ring states are those of vhost-user.rst "Ring states": started or stopped, and independently enabled or
+ * disabled.
  *
  * It owns the fds and the memory of the front-end. It must not know iothreads: rings are served by a {@link RingHost}.
  */
@@ -29,17 +30,20 @@ import {
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_VRING_IDX_MASK,
   VHOST_USER_VRING_NOFD_MASK,
-  type VringAddress
+  type VringAddress,
 } from './wire.ts'
 
-/** What every device speaks. A bit stands here only when it is implemented; QEMU acknowledges all that it knows, blindly. */
+/**
+ * What every device speaks. A bit stands here only when it is implemented; QEMU acknowledges all that it knows,
+ * blindly.
+ */
 export const PROTOCOL_FEATURES = [
   VHOST_USER_PROTOCOL_F_MQ,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
   VHOST_USER_PROTOCOL_F_BACKEND_REQ,
   VHOST_USER_PROTOCOL_F_CONFIG,
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
 ]
 const OFFERED_PROTOCOL_FEATURES = PROTOCOL_FEATURES.reduce((set, bit) => set | (1n << BigInt(bit)), 0n)
 
@@ -91,7 +95,8 @@ export class Session {
   }
 
   /**
-   * Serves the front-end until it leaves. All rings are stopped and all its memory and fds released when it returns or throws.
+   * Serves the front-end until it leaves. All rings are stopped and all its memory and fds released when it returns
+   * or throws.
    * @throws ProtocolError when the front-end broke the protocol, or a system error
    */
   async run(): Promise<void> {
@@ -131,7 +136,7 @@ export class Session {
         throw new ProtocolError('ERR_PROTOCOL_REQUEST', 'its protocol feature was not negotiated')
       }
       const size = payload.byteLength
-      if (row.payload instanceof Array ? size < row.payload[0] || size > row.payload[1] : size !== row.payload) {
+      if (Array.isArray(row.payload) ? size < row.payload[0] || size > row.payload[1] : size !== row.payload) {
         throw new ProtocolError('ERR_PROTOCOL_SIZE', `a payload of ${size} bytes`)
       }
       const [fewest, most] = row.fds ?? [0, 0]
@@ -229,7 +234,10 @@ export class Session {
   setVringNum(index: number, size: number): void {
     const ring = this.#stopped(index, 'its size')
     if (size === 0 || (size & (size - 1)) !== 0 || size > this.host.maxQueueSize) {
-      throw new ProtocolError('ERR_PROTOCOL_VRING', `a ring of ${size} entries; a power of two up to ${this.host.maxQueueSize} is possible`)
+      throw new ProtocolError(
+        'ERR_PROTOCOL_VRING',
+        `a ring of ${size} entries; a power of two up to ${this.host.maxQueueSize} is possible`
+      )
     }
     ring.size = size
   }
@@ -368,8 +376,10 @@ export class Session {
       const none = (Number(payload) & VHOST_USER_VRING_NOFD_MASK) !== 0
       if (fds.length !== (none ? 0 : 1)) throw new ProtocolError('ERR_PROTOCOL_FDS', `${fds.length} file descriptors`)
       const fd = fds[0] ?? NO_FD
-      // Non-blocking, so that a counter which the front-end filled up cannot hold a write to it; anything but an eventfd is refused.
-      if (fd >= 0 && (!isEventfd(fd) || native.setNonblock(fd, true) < 0)) throw new ProtocolError('ERR_PROTOCOL_FDS', 'the fd is no eventfd')
+      // Non-blocking, so that a counter which the front-end filled up cannot hold a write to it; anything but an
+      // eventfd is refused.
+      if (fd >= 0 && (!isEventfd(fd) || native.setNonblock(fd, true) < 0))
+        throw new ProtocolError('ERR_PROTOCOL_FDS', 'the fd is no eventfd')
       return { ring, fd }
     } catch (error) {
       for (const fd of fds) native.close(fd)
@@ -378,14 +388,15 @@ export class Session {
   }
 
   async #startIfReady(ring: RingState): Promise<void> {
-    if (ring.started || !ring.kicked || ring.address === undefined || ring.size === 0 || this.#features === undefined) return
+    if (ring.started || !ring.kicked || ring.address === undefined || ring.size === 0 || this.#features === undefined)
+      return
     const vring = ring.configure(this.memory, this.#features)
     await this.host.startRing(ring.index, {
       vring,
       features: this.#features,
       kickFd: ring.kickFd,
       callFd: ring.callFd,
-      enabled: this.#effectivelyEnabled(ring)
+      enabled: this.#effectivelyEnabled(ring),
     })
     ring.started = true
     ring.config = vring

@@ -1,6 +1,7 @@
 /**
- * The vhost-user wire format (vhost-user.rst): request numbers, flags, payload layouts. Pure: bytes in, values out. Both
- * ends use it: the back-end in `vhost-user/`, the front-end in `frontend/`. It must not know sockets, fds or sessions.
+ * The vhost-user wire format (vhost-user.rst): request numbers, flags, payload layouts. Pure: bytes in, values out.
+ * Both ends use it: the back-end in `vhost-user/`, the front-end in `frontend/`. It must not know sockets, fds or
+ * sessions.
  */
 
 // ---- front-end → back-end requests (vhost-user.rst "Front-end message types")
@@ -101,7 +102,10 @@ export const VHOST_USER_VRING_NOFD_MASK = 0x100
 /** SET_VRING_ADDR flags bit 0: log writes to the used ring. */
 export const VHOST_VRING_F_LOG = 0
 
-/** vhost-user.rst "Memory region description": 32 bytes. Addresses are bigint: the protocol layer checks them before they become numbers. */
+/**
+ * vhost-user.rst "Memory region description": 32 bytes. Addresses are bigint: the protocol layer checks them before
+ * they become numbers.
+ */
 export interface MemoryRegionDescription {
   readonly guestAddress: bigint
   readonly size: bigint
@@ -126,7 +130,7 @@ export function readMemoryRegion(view: DataView, at: number): MemoryRegionDescri
     guestAddress: view.getBigUint64(at, true),
     size: view.getBigUint64(at + 8, true),
     userAddress: view.getBigUint64(at + 16, true),
-    mmapOffset: view.getBigUint64(at + 24, true)
+    mmapOffset: view.getBigUint64(at + 24, true),
   }
 }
 
@@ -144,7 +148,7 @@ export function readVringAddress(view: DataView, at: number): VringAddress {
     descriptor: view.getBigUint64(at + 8, true),
     used: view.getBigUint64(at + 16, true),
     available: view.getBigUint64(at + 24, true),
-    log: view.getBigUint64(at + 32, true)
+    log: view.getBigUint64(at + 32, true),
   }
 }
 

@@ -1,6 +1,6 @@
 /**
- * virtio-blk as the specification has it (virtio 1.3 §5.2): request types, feature bits, status values, the layout of the
- * config space and of the request structures. Names and values are the spec's own. Pure: no device, no driver.
+ * virtio-blk as the specification has it (virtio 1.3 §5.2): request types, feature bits, status values, the layout of
+ * the config space and of the request structures. Names and values are the spec's own. Pure: no device, no driver.
  */
 import { hasFeature } from './features.ts'
 

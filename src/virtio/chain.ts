@@ -1,9 +1,10 @@
 /**
- * A descriptor chain after validation: numbers, no views. Chains are pooled by head index, so one in flight is found again by
- * its head, and popping allocates nothing. Pure; it must not know rings or devices.
+ * A descriptor chain after validation: numbers, no views. Chains are pooled by head index, so one in flight is found
+ * again by its head, and popping allocates nothing. Pure; it must not know rings or devices.
  *
- * Segments [0, readableCount) are device-readable, the rest device-writable; each lies inside one memory region. Positions in
- * the accessors are byte positions in the readable or the writable part: framing is the driver's business (virtio 1.3 §2.7.4.1).
+ * Segments [0, readableCount) are device-readable, the rest device-writable; each lies inside one memory region.
+ * Positions in the accessors are byte positions in the readable or the writable part: framing is the driver's
+ * business (virtio 1.3 §2.7.4.1).
  */
 import type { GuestMemory, MemoryRegion } from './memory.ts'
 
@@ -48,8 +49,8 @@ export class Chain {
   }
 
   /**
-   * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false when part of it
-   * is outside `memory`. The caller adds readable buffers before writable ones.
+   * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false
+   * when part of it is outside `memory`. The caller adds readable buffers before writable ones.
    */
   append(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
     let at = gpa
@@ -115,7 +116,10 @@ export class Chain {
     return (this.readU16(at) | (this.readU16(at + 2) << 16)) >>> 0
   }
 
-  /** Little-endian u64 at `at` as a number. Beyond 2^53 it is rounded, but never to something below 2^53. @throws RangeError */
+  /**
+   * Little-endian u64 at `at` as a number. Beyond 2^53 it is rounded, but never to something below 2^53. @throws
+   * RangeError
+   */
   readU64(at: number): number {
     return this.readU32(at) + this.readU32(at + 4) * 0x1_0000_0000
   }
@@ -135,19 +139,26 @@ export class Chain {
     throw new RangeError(`write of byte ${at}, the chain has ${this.writable} device-writable bytes`)
   }
 
-  /** Copies up to `length` bytes from `at` of the device-readable part into `target`. Returns how many there were. Allocates: not for the hot path. */
+  /**
+   * Copies up to `length` bytes from `at` of the device-readable part into `target`. Returns how many there were.
+   * Allocates: not for the hot path.
+   */
   copyFrom(at: number, target: Uint8Array, targetAt: number, length: number): number {
     return this.#copy(0, this.readableCount, at, target, targetAt, length, false)
   }
 
-  /** Copies up to `length` bytes of `source` to `at` of the device-writable part. Returns how many fitted. Allocates: not for the hot path. */
+  /**
+   * Copies up to `length` bytes of `source` to `at` of the device-writable part. Returns how many fitted. Allocates:
+   * not for the hot path.
+   */
   copyTo(at: number, source: Uint8Array, sourceAt: number, length: number): number {
     return this.#copy(this.readableCount, this.count, at, source, sourceAt, length, true)
   }
 
   /**
-   * Whether bytes [start, start + length) of the readable or writable part sit in memory such that every piece has an address that is a
-   * multiple of `addressAlign` and a length that is one of `lengthAlign` (powers of two): what O_DIRECT demands.
+   * Whether bytes [start, start + length) of the readable or writable part sit in memory such that every piece has an
+   * address that is a multiple of `addressAlign` and a length that is one of `lengthAlign` (powers of two): what
+   * O_DIRECT demands.
    */
   aligned(writable: boolean, start: number, length: number, addressAlign: number, lengthAlign: number): boolean {
     const end = writable ? this.count : this.readableCount
@@ -168,7 +179,15 @@ export class Chain {
     return true
   }
 
-  #copy(first: number, end: number, at: number, other: Uint8Array, otherAt: number, length: number, toGuest: boolean): number {
+  #copy(
+    first: number,
+    end: number,
+    at: number,
+    other: Uint8Array,
+    otherAt: number,
+    length: number,
+    toGuest: boolean
+  ): number {
     let skip = at
     let done = 0
     for (let segment = first; segment < end && done < length; segment++) {

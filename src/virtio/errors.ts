@@ -21,7 +21,7 @@ export const RING_ERRORS = {
   ERR_RING_ADDRESS: 'a descriptor points outside guest memory',
   ERR_RING_LENGTH: 'a chain has more than 2^32 - 1 bytes',
   ERR_RING_INDIRECT: 'an indirect descriptor is malformed, nested, or was not negotiated',
-  ERR_RING_MEMORY: 'the memory that the ring lives in was removed or truncated'
+  ERR_RING_MEMORY: 'the memory that the ring lives in was removed or truncated',
 } as const
 
 export type RingErrorCode = keyof typeof RING_ERRORS

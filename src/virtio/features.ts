@@ -1,5 +1,6 @@
 /**
- * Feature sets. The control plane keeps a set as a bigint, as it travels on the wire; the data plane asks for single bits once, when a ring starts.
+ * Feature sets. The control plane keeps a set as a bigint, as it travels on the wire; the data plane asks for single
+ * bits once, when a ring starts.
  */
 
 /** The set of the given bit numbers (0 … 63). */

@@ -1,6 +1,6 @@
 /**
- * Guest memory as the data plane sees it: regions of guest-physical addresses (GPA, a checked number) over SharedArrayBuffers. Pure:
- * runs on any buffer. It must not know who mapped the memory or who releases it.
+ * Guest memory as the data plane sees it: regions of guest-physical addresses (GPA, a checked number) over
+ * SharedArrayBuffers. Pure: runs on any buffer. It must not know who mapped the memory or who releases it.
  */
 
 /** One region, in a form that can be posted to an iothread. */

@@ -1,6 +1,7 @@
 /**
- * The device side of a split virtqueue (virtio 1.3 §2.7) over guest memory. Everything the driver wrote is read once into a
- * local and then checked. A violated rule sets `error` and ends this ring; it never throws and never touches memory outside the regions.
+ * The device side of a split virtqueue (virtio 1.3 §2.7) over guest memory. Everything the driver wrote is read once
+ * into a local and then checked. A violated rule sets `error` and ends this ring; it never throws and never touches
+ * memory outside the regions.
  */
 import { Chain } from './chain.ts'
 import {
@@ -10,14 +11,19 @@ import {
   VIRTQ_DESC_F_WRITE,
   VIRTQ_DESC_SIZE,
   VIRTQ_MAX_SIZE,
-  VIRTQ_USED_F_NO_NOTIFY
+  VIRTQ_USED_F_NO_NOTIFY,
 } from './constants.ts'
 import { RING_ERRORS, RingError, type RingErrorCode } from './errors.ts'
 import type { GuestMemory, MemoryRegion } from './memory.ts'
 import type { Vring, VringConfig } from './vring.ts'
 
-/** Bytes of the three parts, with the event words when EVENT_IDX was negotiated (virtio 1.3 §2.7, "Queue Size" table). */
-export function splitRingSizes(size: number, eventIdx: boolean): { descriptor: number; driver: number; device: number } {
+/**
+ * Bytes of the three parts, with the event words when EVENT_IDX was negotiated (virtio 1.3 §2.7, "Queue Size" table).
+ */
+export function splitRingSizes(
+  size: number,
+  eventIdx: boolean
+): { descriptor: number; driver: number; device: number } {
   const event = eventIdx ? 2 : 0
   return { descriptor: VIRTQ_DESC_SIZE * size, driver: 4 + 2 * size + event, device: 4 + 8 * size + event }
 }
@@ -45,7 +51,10 @@ export class SplitRing implements Vring {
   /** The next used entry that we will write, and the used.idx that the driver can see, free-running u16. */
   #usedIdx = 0
   #publishedIdx = 0
-  /** Whether a call decision was made since the start: the first one is never suppressed, since used_event may be stale. */
+  /**
+   * Whether a call decision was made since the start: the first one is never suppressed, since used_event may be
+   * stale.
+   */
   #signalled = false
 
   constructor(memory: GuestMemory, config: VringConfig) {
@@ -153,8 +162,8 @@ export class SplitRing implements Vring {
     const now = this.#usedIdx
     if (before === now) return false
     this.#publishedIdx = now
-    // ORDER: release for the used elements above it, and (seq_cst) before the load of used_event or flags below: the driver
-    // writes used_event and then reads used.idx, so one of us sees the other (virtio 1.3 §2.7.8.2).
+    // ORDER: release for the used elements above it, and (seq_cst) before the load of used_event or flags below: the
+    // driver writes used_event and then reads used.idx, so one of us sees the other (virtio 1.3 §2.7.8.2).
     Atomics.store(this.#used16, 1, now)
     const first = !this.#signalled
     this.#signalled = true
@@ -173,7 +182,8 @@ export class SplitRing implements Vring {
 
   rearm(): boolean {
     if (this.error !== undefined) return false
-    // ORDER: seq_cst store, then the load of avail.idx: the driver stores avail.idx and then loads avail_event or flags.
+    // ORDER: seq_cst store, then the load of avail.idx: the driver stores avail.idx and then loads avail_event or
+    // flags.
     if (this.#eventIdx) Atomics.store(this.#used16, 2 + 4 * this.size, this.#lastAvail)
     else Atomics.store(this.#used16, 0, 0)
     return this.hasAvail()
@@ -184,7 +194,9 @@ export class SplitRing implements Vring {
     return false
   }
 
-  /** Follows the chain from `head`, copying each descriptor once, into `chain`. Returns false when the ring is broken. */
+  /**
+   * Follows the chain from `head`, copying each descriptor once, into `chain`. Returns false when the ring is broken.
+   */
   #walk(chain: Chain, head: number): boolean {
     const table = this.#descriptors
     let index = head
@@ -212,7 +224,8 @@ export class SplitRing implements Vring {
 
   #walkIndirect(chain: Chain, table: number, length: number): boolean {
     const entries = length / VIRTQ_DESC_SIZE
-    if (length === 0 || length % VIRTQ_DESC_SIZE !== 0 || entries > VIRTQ_MAX_SIZE) return this.#fail('ERR_RING_INDIRECT')
+    if (length === 0 || length % VIRTQ_DESC_SIZE !== 0 || entries > VIRTQ_MAX_SIZE)
+      return this.#fail('ERR_RING_INDIRECT')
     let index = 0
     for (let walked = 0; walked < entries; walked++) {
       const at = table + index * VIRTQ_DESC_SIZE

@@ -1,6 +1,6 @@
 /**
- * What the engine asks of a virtqueue, whatever its format: the split ring implements it, the packed ring will. Pure; one object per started
- * ring, used by one iothread.
+ * What the engine asks of a virtqueue, whatever its format: the split ring implements it, the packed ring will. Pure;
+ * one object per started ring, used by one iothread.
  */
 import type { Chain } from './chain.ts'
 import type { RingError } from './errors.ts'
