@@ -2,17 +2,20 @@
  * The daemon: a configuration becomes devices, iothreads and sockets, and goes away again without a trace. It knows
  * no command line and no signals.
  */
+import { EventEmitter } from 'eventemitter3'
 import { ConfigError, type Device, type DeviceHost } from '../device/index.ts'
 import { allowedCpus } from '../engine/affinity.ts'
 import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
-import { type Event, IothreadPool } from '../engine/pool.ts'
+import { IothreadPool } from '../engine/pool.ts'
 import type { DaemonSnapshot } from '../ops/snapshot.ts'
 import { MemoryFaults } from '../vhost-user/memory-faults.ts'
 import type { DaemonConfig, DeviceConfig } from './config.ts'
-import { DeviceServer } from './device-server.ts'
+import { type DaemonEvents, DeviceServer } from './device-server.ts'
 import type { Logger } from './log.ts'
 
-export class Daemon {
+export type { DaemonEvents } from './device-server.ts'
+
+export class Daemon extends EventEmitter<DaemonEvents> {
   readonly #servers: DeviceServer[] = []
   readonly #pool: IothreadPool
   readonly #log: Logger
@@ -22,18 +25,20 @@ export class Daemon {
   #closed: Promise<void> | undefined
 
   private constructor(config: DaemonConfig, log: Logger) {
+    super()
     this.#log = log
-    this.#pool = new IothreadPool(
-      {
-        count: config.iothreads,
-        ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
-        pollMaxUs: config.pollMaxUs,
-        // For tests, and for hosts whose io_uring is known to be bad.
-        emulate: process.env['VIRTIOD_IO_URING'] === 'off',
-      },
-      (event) => this.#event(event),
-      (error) => this.#iothreadDied(error)
+    this.#pool = new IothreadPool({
+      count: config.iothreads,
+      ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
+      pollMaxUs: config.pollMaxUs,
+      // For tests, and for hosts whose io_uring is known to be bad.
+      emulate: process.env['VIRTIOD_IO_URING'] === 'off',
+    })
+    this.#pool.on('ringBroken', ({ session, index, code, message }) =>
+      this.#serverOf(session)?.ringBroke(index, code, message)
     )
+    this.#pool.on('deviceFailed', ({ session, index, error }) => this.#serverOf(session)?.deviceFailed(index, error))
+    this.#pool.on('death', (error) => this.#iothreadDied(error))
     this.#faults = new MemoryFaults(() => {
       for (const server of this.#servers) server.checkMemory()
     })
@@ -129,7 +134,7 @@ export class Daemon {
     const log = this.#log.child({ device: config.name })
     let server: DeviceServer | undefined
     const device = await openDevice(config, log, () => server?.configChanged())
-    server = new DeviceServer(config, device, this.#pool, log)
+    server = new DeviceServer(config, device, this.#pool, log, this)
     this.#servers.push(server)
   }
 
@@ -143,10 +148,8 @@ export class Daemon {
     }
   }
 
-  #event(event: Event): void {
-    const server = this.#servers.find((candidate) => candidate.rings.session === event.session)
-    if (event.kind === 'ringBroken') server?.ringBroke(event.index, event.code, event.message)
-    else server?.deviceFailed(event.index, event.error)
+  #serverOf(session: number): DeviceServer | undefined {
+    return this.#servers.find((server) => server.rings.session === session)
   }
 
   #iothreadDied(error: unknown): void {

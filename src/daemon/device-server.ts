@@ -1,4 +1,5 @@
 /** One device of the daemon: its socket, and the sessions of its front-ends, one after the other. */
+import type { EventEmitter } from 'eventemitter3'
 import { ConfigError, type Device, type DeviceDefinition } from '../device/index.ts'
 import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
 import type { IothreadPool } from '../engine/pool.ts'
@@ -14,6 +15,16 @@ import { Rings } from './rings.ts'
 /** sun_path of sockaddr_un without its terminator (unix(7)). */
 export const MAX_SOCKET_PATH = 107
 
+/** What a program that runs a {@link Daemon} may listen to. */
+export interface DaemonEvents {
+  /** A front-end connected. @param device its name in the configuration */
+  sessionOpen: [device: string]
+  /** The session ended: by itself, or with the error that ended it. Nothing of it is left. */
+  sessionClose: [device: string, error: unknown]
+  /** The driver broke a ring; see RING_ERRORS. */
+  ringBroken: [device: string, queue: number, code: string]
+}
+
 export class DeviceServer {
   readonly name: string
   readonly device: Device
@@ -21,6 +32,7 @@ export class DeviceServer {
   readonly #definition: DeviceDefinition
   readonly #socket: SocketAddress
   readonly #log: Logger
+  readonly #events: EventEmitter<DaemonEvents>
   /** The connection that was handed down has ended. */
   handedDownEnded = false
   #listener: Listener | undefined
@@ -30,12 +42,19 @@ export class DeviceServer {
   #sessions = 0
   #protocolErrors = 0
 
-  constructor(config: DeviceConfig, device: Device, pool: IothreadPool, log: Logger) {
+  constructor(
+    config: DeviceConfig,
+    device: Device,
+    pool: IothreadPool,
+    log: Logger,
+    events: EventEmitter<DaemonEvents>
+  ) {
     this.name = config.name
     this.device = device
     this.#definition = config.definition
     this.#socket = config.socket
     this.#log = log
+    this.#events = events
     this.rings = new Rings(config.definition, device, pool)
   }
 
@@ -82,6 +101,7 @@ export class DeviceServer {
     this.#session?.ringBroke(index)
     // One line per break: a broken ring stays broken until the driver resets it.
     this.#log.error({ queue: index, code }, `the driver broke its ring: ${message}`)
+    this.#events.emit('ringBroken', this.name, index, code)
   }
 
   deviceFailed(index: number, error: unknown): void {
@@ -154,10 +174,13 @@ export class DeviceServer {
     this.#sessions++
     if (this.#closing) connection.abort()
     log.info({}, 'front-end connected')
+    this.#events.emit('sessionOpen', this.name)
+    let cause: unknown
     try {
       await session.run()
       log.info({}, 'front-end left')
     } catch (error) {
+      cause = error
       if (error instanceof ProtocolError) {
         this.#protocolErrors++
         log.error({ code: error.code }, `the front-end broke the protocol, its connection is closed: ${error.message}`)
@@ -165,6 +188,7 @@ export class DeviceServer {
     } finally {
       this.#session = undefined
       await this.rings.end()
+      this.#events.emit('sessionClose', this.name, cause)
     }
   }
 }

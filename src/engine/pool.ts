@@ -2,6 +2,7 @@
 import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { MessageChannel, type MessagePort, Worker } from 'node:worker_threads'
+import { EventEmitter } from 'eventemitter3'
 import { native, systemError } from '../native.ts'
 import type { IothreadSnapshot } from '../ops/snapshot.ts'
 import { IothreadCounters } from './counters.ts'
@@ -18,8 +19,13 @@ export interface PoolOptions {
   readonly emulate: boolean
 }
 
-/** What an iothread says by itself; see messages.ts. */
-export type Event = Extract<Report, { kind: 'ringBroken' | 'deviceFailed' }>
+/** What iothreads say by themselves; see messages.ts. */
+export interface PoolEvents {
+  ringBroken: [Extract<Report, { kind: 'ringBroken' }>]
+  deviceFailed: [Extract<Report, { kind: 'deviceFailed' }>]
+  /** An iothread ended with an error: its queues are served by nobody. */
+  death: [unknown]
+}
 
 /** Ring ids are 12 bits of user_data. */
 const MAX_RINGS = 4096
@@ -39,8 +45,10 @@ export class IothreadHandle {
   #nextRing = 0
   #nextId = 1
   #ready: Promise<void>
+  /** What ended it. */
+  #death: { error: unknown } | undefined
 
-  constructor(index: number, options: PoolOptions, onEvent: (event: Event) => void, onDeath: (error: unknown) => void) {
+  constructor(index: number, options: PoolOptions, events: EventEmitter<PoolEvents>) {
     this.index = index
     this.#wakeFd = native.eventfd(0)
     if (this.#wakeFd < 0) throw systemError(this.#wakeFd, 'eventfd', 'cannot start an iothread')
@@ -72,18 +80,19 @@ export class IothreadHandle {
           return this.#answer(report.id)?.resolve(report.value)
         case 'failed':
           return this.#answer(report.id)?.reject(report.error)
-        default:
-          return onEvent(report)
+        case 'ringBroken':
+          return void events.emit('ringBroken', report)
+        case 'deviceFailed':
+          return void events.emit('deviceFailed', report)
       }
     })
-    let died = false
     const die = (error: unknown) => {
-      if (died) return
-      died = true
+      if (this.#death !== undefined) return
+      this.#death = { error }
       ready.reject(error)
       for (const { reject } of this.#pending.values()) reject(error)
       this.#pending.clear()
-      onDeath(error)
+      events.emit('death', error)
     }
     this.#worker.on('error', die)
     this.#exited = new Promise((resolve) => {
@@ -99,8 +108,9 @@ export class IothreadHandle {
     return this.#ready
   }
 
-  /** Asks the iothread; resolves to its answer. */
+  /** Asks the iothread; resolves to its answer. @throws what ended the iothread, when it has ended */
   request(request: Request): Promise<number> {
+    if (this.#death !== undefined) return Promise.reject(this.#death.error)
     const id = this.#nextId++
     return new Promise((resolve, reject) => {
       this.#pending.set(id, { resolve, reject })
@@ -149,16 +159,14 @@ export class IothreadHandle {
   }
 }
 
-export class IothreadPool {
+export class IothreadPool extends EventEmitter<PoolEvents> {
   readonly threads: readonly IothreadHandle[]
   #next = 0
 
   /** Starts the threads; `ready` tells when they run. */
-  constructor(options: PoolOptions, onEvent: (event: Event) => void, onDeath: (error: unknown) => void) {
-    this.threads = Array.from(
-      { length: options.count },
-      (_, index) => new IothreadHandle(index, options, onEvent, onDeath)
-    )
+  constructor(options: PoolOptions) {
+    super()
+    this.threads = Array.from({ length: options.count }, (_, index) => new IothreadHandle(index, options, this))
   }
 
   /** @throws what kept one of them from starting */
