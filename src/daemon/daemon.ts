@@ -174,7 +174,13 @@ function checkCpus(sets: DaemonConfig['iothreadCpus']): void {
   throw new ConfigError('ERR_IOTHREAD_CPUS', '--iothread-cpus', problem, `It may use ${[...allowed].join(', ')}.`)
 }
 
-function openDevice(config: DeviceConfig, log: Logger, configChanged: () => void): Promise<Device> | Device {
+async function openDevice(config: DeviceConfig, log: Logger, configChanged: () => void): Promise<Device> {
   const host: DeviceHost = { log, fileInfo, lockFile, fallocate: probeFallocate, configChanged }
-  return config.definition.open(config.options, host)
+  try {
+    return await config.definition.open(config.options, host)
+  } catch (error) {
+    // Of several devices, which one.
+    if (error instanceof ConfigError) error.message = `${config.name}: ${error.message}`
+    throw error
+  }
 }

@@ -12,9 +12,6 @@ import type { DeviceConfig, SocketAddress } from './config.ts'
 import type { Logger } from './log.ts'
 import { Rings } from './rings.ts'
 
-/** sun_path of sockaddr_un without its terminator (unix(7)). */
-export const MAX_SOCKET_PATH = 107
-
 /** What a program that runs a {@link Daemon} may listen to. */
 export interface DaemonEvents {
   /** A front-end connected. @param device its name in the configuration */
@@ -203,14 +200,6 @@ function adopt(fd: number): Connection | undefined {
 }
 
 function bind(path: string): Listener {
-  if (Buffer.byteLength(path) > MAX_SOCKET_PATH) {
-    throw new ConfigError(
-      'ERR_SOCKET_PATH_LENGTH',
-      '--socket-path',
-      `${path} has ${Buffer.byteLength(path)} bytes, a socket path has at most ${MAX_SOCKET_PATH}`,
-      'Give a shorter path, or one relative to the working directory.'
-    )
-  }
   try {
     return Listener.bind(path)
   } catch (error) {

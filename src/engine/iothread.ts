@@ -3,6 +3,7 @@
  * serves any number of queues of any number of sessions, and obeys the control thread between rounds. It must not
  * know devices or sockets.
  */
+import { inspect } from 'node:util'
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads'
 import type { CreateQueueHandler } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
@@ -78,7 +79,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         try {
           await this.#obey(id, request)
         } catch (error) {
-          this.#report({ kind: 'failed', id, error })
+          this.#report({ kind: 'failed', id, error: portable(error) })
         }
       }
     }
@@ -101,7 +102,7 @@ export class Iothread implements CompletionSink, QueueOwner {
   }
 
   deviceFailed(queue: Queue, error: unknown): void {
-    this.#report({ kind: 'deviceFailed', session: queue.session, index: queue.queueIndex, error })
+    this.#report({ kind: 'deviceFailed', session: queue.session, index: queue.queueIndex, error: portable(error) })
   }
 
   /** Rounds of work until a control message is waiting. */
@@ -135,7 +136,8 @@ export class Iothread implements CompletionSink, QueueOwner {
   #wait(): void {
     const start = this.now
     if (this.#kickless) {
-      this.#spin(start + 1000)
+      // Entered once a millisecond, since nothing else tells the emulation of messages and other rings' kicks.
+      if (!this.#spin(start + 1000)) this.ring.submit(0, -1)
       return
     }
     const poll = this.#poll.current
@@ -201,6 +203,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         return this.#done(id, 0)
       case 'setCall': {
         const queue = this.#queue(request.queue)
+        queue.holdCalls()
         return this.#when(
           id,
           () => !queue.calling,
@@ -298,6 +301,21 @@ export class Iothread implements CompletionSink, QueueOwner {
   #report(report: Report): void {
     this.#port.postMessage(report)
   }
+}
+
+/** An error that a message can carry: whatever a device threw, and whatever hangs on it. */
+function portable(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error(`not an Error was thrown: ${inspect(error)}`)
+  const { name, message, stack } = error
+  const { code, errno, syscall } = error as NodeJS.ErrnoException
+  const plain = new Error(String(message))
+  return Object.assign(plain, {
+    name: String(name),
+    stack: String(stack),
+    ...(typeof code === 'string' && { code }),
+    ...(typeof errno === 'number' && { errno }),
+    ...(typeof syscall === 'string' && { syscall }),
+  })
 }
 
 function microseconds(): number {

@@ -22,6 +22,7 @@ export const OP_CANCEL = 4
 
 const EAGAIN = -11
 const EALREADY = -114
+const ECANCELED = -125
 
 /**
  * Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on
@@ -67,6 +68,8 @@ export class Queue implements QueueContext {
   /** A write to the call fd is in the ring: until it ends another one would say nothing new, unless `#callAgain`. */
   #calling = false
   #callAgain = false
+  /** The call fd is about to be exchanged: calls wait for the new one. */
+  #callsHeld = false
   /**
    * The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a
    * former back-end left there.
@@ -178,7 +181,7 @@ export class Queue implements QueueContext {
   /** Wakes the driver, in the next submission. */
   call(): void {
     if (this.#callFd < 0) return
-    if (this.#calling) {
+    if (this.#calling || this.#callsHeld) {
       this.#callAgain = true
       return
     }
@@ -216,9 +219,9 @@ export class Queue implements QueueContext {
         if (high >>> 8 !== this.#generation) return
         this.#calling = false
         // A full counter is as good as a call: the driver has one to take. Anything else means that nobody hears us.
-        if (result < 0 && result !== EAGAIN)
+        if (result < 0 && result !== EAGAIN && result !== ECANCELED)
           return this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${result})`))
-        if (this.#callAgain) {
+        if (this.#callAgain && !this.#callsHeld && !this.stopping) {
           this.#callAgain = false
           this.call()
         }
@@ -243,13 +246,21 @@ export class Queue implements QueueContext {
    */
   setCall(fd: number): void {
     this.#callFd = fd
+    this.#callsHeld = false
     this.call()
+  }
+
+  /** Before `setCall`: no more writes to the present call fd, so that it comes to rest. */
+  holdCalls(): void {
+    this.#callsHeld = true
+    this.#cancelCall()
   }
 
   /** Stops popping for good; `atRest` tells when the rest is done. */
   stop(): void {
     this.stopping = true
     this.#cancelKick()
+    this.#cancelCall()
   }
 
   /** Listens on another kick fd. */
@@ -270,6 +281,15 @@ export class Queue implements QueueContext {
     this.#kickArmed = true
     this.#kickCancelled = false
     this.#owner.ring.pollAdd(this.#kickFd, this.id << 16, this.#tag(OP_KICK))
+  }
+
+  /**
+   * A front-end that made its call fd blocking and filled it up keeps a write waiting, and with it whoever waits for the
+   * ring. The driver loses nothing: it has not read the calls that are there.
+   */
+  #cancelCall(): void {
+    if (!this.#calling) return
+    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_CALL), this.id << 16, this.#tag(OP_CANCEL))
   }
 
   #cancelKick(): void {

@@ -171,12 +171,20 @@ export class IoRing {
 
   /** Whether completions can be reaped, or the kernel wants to be entered to produce them. */
   hasCompletions(): boolean {
-    // ORDER: acquire, pairs with the kernel's release of the CQ tail.
-    return Atomics.load(this.#rings, this.#cqTail) !== this.#head || this.wantsEnter()
+    return this.#cqReady() || this.#kernelWaits()
   }
 
-  /** Deferred task work or overflowed completions: only io_uring_enter moves them on. */
+  /**
+   * Whether the ring has to be entered although nothing is to be submitted. The emulation can't say, so every 16th time
+   * it is: a busy iothread would hear no kick and no message otherwise.
+   */
   wantsEnter(): boolean {
+    return this.#kernelWaits() || (this.emulated && (++this.#asked & 15) === 0)
+  }
+  #asked = 0
+
+  /** Deferred task work or overflowed completions: only io_uring_enter moves them on. */
+  #kernelWaits(): boolean {
     return (Atomics.load(this.#rings, this.#sqFlags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) !== 0
   }
 
@@ -262,22 +270,21 @@ export class IoRing {
     const written = this.#directRun > this.#directReaped ? this.#reapDirect(sink) : 0
     // ORDER: acquire, pairs with the kernel's release of the CQ tail: the entries before it are written.
     const tail = Atomics.load(this.#rings, this.#cqTail)
-    let head = this.#head
     let count = 0
     const cqes = this.#cqes
-    while (head !== tail) {
-      const at = (head & this.#cqMask) * 4
+    while (this.#head !== tail) {
+      const at = (this.#head & this.#cqMask) * 4
       const flags = cqes[at + 3]!
       if ((flags & IORING_CQE_F_MORE) === 0) this.inFlight--
-      sink.completion(cqes[at]! >>> 0, cqes[at + 1]! >>> 0, cqes[at + 2]!, flags)
-      head = (head + 1) | 0
+      const low = cqes[at]! >>> 0
+      const high = cqes[at + 1]! >>> 0
+      const result = cqes[at + 2]!
+      // Before the sink: it may fill the submission ring, and its flush gives the entries back that are read.
+      this.#head = (this.#head + 1) | 0
+      sink.completion(low, high, result, flags)
       count++
     }
-    if (count > 0) {
-      this.#head = head
-      // ORDER: release, pairs with the kernel's acquire: the entries are read, it may overwrite them.
-      Atomics.store(this.#rings, this.#cqHead, head)
-    }
+    if (count > 0) this.#releaseCompletions()
     return count + written
   }
 
@@ -360,11 +367,11 @@ export class IoRing {
   }
 
   /**
-   * Ends the poll whose user_data is (pollLow, pollHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which
+   * Ends the operation whose user_data is (targetLow, targetHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which
    * leaves a poll alone (-EALREADY) that has just been woken.
    */
-  cancel(pollLow: number, pollHigh: number, low: number, high: number): void {
-    this.#prepare(IORING_OP_ASYNC_CANCEL, -1, -1, 0, pollLow + pollHigh * 0x1_0000_0000, 0, 0, low, high)
+  cancel(targetLow: number, targetHigh: number, low: number, high: number): void {
+    this.#prepare(IORING_OP_ASYNC_CANCEL, -1, -1, 0, targetLow + targetHigh * 0x1_0000_0000, 0, 0, low, high)
   }
 
   close(): void {
@@ -388,7 +395,8 @@ export class IoRing {
     sqes[at] = slot < 0 ? opcode : opcode | (IOSQE_FIXED_FILE << 8)
     sqes[at + 1] = slot < 0 ? fd : slot
     sqes[at + 2] = offset >>> 0
-    sqes[at + 3] = (offset / 0x1_0000_0000) >>> 0
+    // Floor, not truncation: the high word of -1 (no position) is all ones.
+    sqes[at + 3] = Math.floor(offset / 0x1_0000_0000) >>> 0
     sqes[at + 4] = address >>> 0
     sqes[at + 5] = (address / 0x1_0000_0000) >>> 0
     sqes[at + 6] = length
@@ -431,11 +439,18 @@ export class IoRing {
 
   /** The submission ring or the vectors are full in the middle of a batch. */
   #flush(): void {
+    this.#releaseCompletions()
     this.submit(0, -1)
     if (this.#submissions > 0) throw new Error('io_uring takes no entries although the completion ring has room')
   }
 
+  #releaseCompletions(): void {
+    // ORDER: release, pairs with the kernel's acquire: the entries are read, it may overwrite them.
+    Atomics.store(this.#rings, this.#cqHead, this.#head)
+  }
+
   #cqReady(): boolean {
+    // ORDER: acquire, pairs with the kernel's release of the CQ tail.
     return Atomics.load(this.#rings, this.#cqTail) !== this.#head
   }
 

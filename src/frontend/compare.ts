@@ -20,7 +20,7 @@ import {
   writeFileSync,
   writeSync,
 } from 'node:fs'
-import { availableParallelism, cpus, release, tmpdir } from 'node:os'
+import { availableParallelism, cpus, loadavg, release, tmpdir } from 'node:os'
 import { dirname, extname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs, promisify } from 'node:util'
@@ -90,6 +90,8 @@ export interface CompareResult {
   readonly fio: readonly { readonly iops: number; readonly cpuPerRequest: number }[]
   /** Per round: milliseconds to the socket, resident bytes when idle. */
   readonly start: readonly (readonly [Started, Started])[]
+  /** The machine's load average (1 minute) before the first round. */
+  readonly load: number
 }
 
 interface Started {
@@ -101,6 +103,9 @@ interface Started {
 export async function compare(options: CompareOptions): Promise<CompareResult> {
   const rivals: readonly [Rival, Rival] = [virtiodRival(options.built), qemuRival()]
   await checkMachine(options)
+  const [load = 0] = loadavg()
+  if (load > 0.5)
+    options.log(`the machine is busy (load average ${load.toFixed(1)}): trust the ratios less, and the IOPS not at all`)
   const created = prepareFile(options.file, options.size, options.log)
   const cases = CASES.filter(
     (one) => options.cases.length === 0 || options.cases.some((word) => one.name.includes(word))
@@ -138,7 +143,7 @@ export async function compare(options: CompareOptions): Promise<CompareResult> {
   } finally {
     if (created && !options.keep) rmSync(options.file, { force: true })
   }
-  return { names: [rivals[0].name, rivals[1].name], cases: results, fio, start }
+  return { names: [rivals[0].name, rivals[1].name], cases: results, fio, start, load }
 }
 
 async function measure(
@@ -287,7 +292,7 @@ export function formatComparison(
     `${new Date().toISOString().slice(0, 10)}, ${cpus()[0]?.model ?? 'unknown processor'} × ${cpus().length}, Linux ${release()}, Node ${process.version}. ` +
       `${options.rounds} alternating rounds of ${options.seconds} s per measurement; ${options.size / 2 ** 20} MiB file in the page cache; ` +
       `writes go to pages that are dirty already; back-end on processor ${options.cpu.backend}, load on processor ${options.cpu.frontend}; one queue, one iothread` +
-      `${options.indirect ? ', indirect descriptors' : ''}. Medians; ratios are taken within a round, with their least and greatest.`,
+      `${options.indirect ? ', indirect descriptors' : ''}. Medians; ratios are taken within a round, with their least and greatest. Load average before: ${result.load.toFixed(1)}.`,
     '',
     `| case | ${ours} k IOPS | ${theirs} k IOPS | IOPS ratio | goal | p50 µs | p99 µs | CPU µs/request | CPU ratio |`,
     '|---|---|---|---|---|---|---|---|---|',

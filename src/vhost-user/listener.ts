@@ -1,5 +1,5 @@
 /** A listening socket: binds, takes over a stale path, hands out connections one at a time. */
-import { unlinkSync } from 'node:fs'
+import { lstatSync, unlinkSync } from 'node:fs'
 import { native, systemError } from '../native.ts'
 import { Connection } from './connection.ts'
 import { Readiness } from './readiness.ts'
@@ -81,7 +81,9 @@ export function connectedSocket(fd: number): Connection | undefined {
   return kind === 1 ? undefined : new Connection(fd)
 }
 
+/** A socket that nobody listens on. Connecting to a regular file is refused as well, and that must never be removed. */
 function isStale(path: string): boolean {
+  if (!lstatSync(path, { throwIfNoEntry: false })?.isSocket()) return false
   const fd = native.connectUnix(path)
   if (fd >= 0) native.close(fd)
   return fd === ECONNREFUSED
