@@ -1,0 +1,37 @@
+/** QEMU arguments: what is printed can be pasted. */
+import { execFileSync } from 'node:child_process'
+import { expect, test } from 'vitest'
+import { formatQemuArguments, qemuArguments, shellQuote } from '../../src/daemon/qemu-args.ts'
+
+const device = { driver: 'vhost-user-blk-pci', properties: { 'num-queues': 4, 'queue-size': 256 } }
+
+test('memory once, a chardev and a device each', () => {
+  const lines = qemuArguments(
+    [
+      { name: 'blk0', socketPath: '/run/a.sock', device },
+      { name: 'data', socketPath: '/run/b,c.sock', device: { driver: 'vhost-user-blk-pci', properties: {} } },
+    ],
+    '2G'
+  )
+  expect(lines).toEqual([
+    ['-m', '2G'],
+    ['-object', 'memory-backend-memfd,id=virtiod-memory,size=2G,share=on'],
+    ['-numa', 'node,memdev=virtiod-memory'],
+    ['-chardev', 'socket,id=virtiod-blk0,path=/run/a.sock,reconnect=1'],
+    ['-device', 'vhost-user-blk-pci,chardev=virtiod-blk0,num-queues=4,queue-size=256'],
+    ['-chardev', 'socket,id=virtiod-data,path=/run/b,,c.sock,reconnect=1'],
+    ['-device', 'vhost-user-blk-pci,chardev=virtiod-data'],
+  ])
+})
+
+test('a shell reads the text as the same words', () => {
+  const lines = qemuArguments([{ name: 'blk0', socketPath: "/tmp/it's a $dir/`x`.sock", device }], '1G')
+  const words = execFileSync('sh', ['-c', `printf '%s\\n' \\\n${formatQemuArguments(lines)}`], { encoding: 'utf8' })
+  expect(words.trimEnd().split('\n')).toEqual(lines.flat())
+})
+
+test('quotes only where they are needed', () => {
+  expect(shellQuote('a=b,c:d/e.f')).toBe('a=b,c:d/e.f')
+  expect(shellQuote("a'b c")).toBe(`'a'\\''b c'`)
+  expect(shellQuote('')).toBe("''")
+})

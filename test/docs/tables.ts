@@ -1,0 +1,134 @@
+/**
+ * The tables of README.md that code knows best, made from the code. `node test/docs/tables.ts --write` (npm run docs)
+ * fills them in between their markers, `<!-- options:blk -->` … `<!-- /options:blk -->`; test/docs.test.ts holds README
+ * to them.
+ */
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { safeParse } from 'valibot'
+import { observer } from '../../src/cli/commands/qemu-args.ts'
+import { commands } from '../../src/cli/commands.ts'
+import { optionDefault, optionUsage, optionValues } from '../../src/cli/help.ts'
+import { deviceNames, devices } from '../../src/daemon/devices.ts'
+import { ERROR_CODES } from '../../src/daemon/error-codes.ts'
+import { asOptionTable, type OptionInfo, type OptionTable, optionsOf } from '../../src/daemon/option-table.ts'
+import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
+import { RING_FEATURES } from '../../src/daemon/rings.ts'
+import { METRICS } from '../../src/ops/metrics.ts'
+import { PROTOCOL_FEATURES } from '../../src/vhost-user/session.ts'
+import * as wire from '../../src/vhost-user/wire.ts'
+import * as virtioBlk from '../../src/virtio/blk.ts'
+import * as virtio from '../../src/virtio/constants.ts'
+import { featureBits } from '../../src/virtio/features.ts'
+
+export const readmePath = join(fileURLToPath(new URL('.', import.meta.url)), '../../README.md')
+
+/** Section name → Markdown. */
+export async function tables(): Promise<Record<string, string>> {
+  const sections: Record<string, string> = {
+    commands: table(
+      ['Command', 'What it does'],
+      Object.entries(commands).map(([name, { summary }]) => [code(`virtiod ${name}`), summary])
+    ),
+    'options:daemon': optionTable(daemonOptions),
+    'options:listener': optionTable(listenerOptions),
+  }
+  for (const type of deviceNames) {
+    sections[`options:${type}`] = optionTable(asOptionTable((await devices[type]!.load()).options, type))
+  }
+  sections['metrics'] = table(
+    ['Metric', 'Type', 'Labels', 'Meaning'],
+    METRICS.map(({ name, type, labels, help }) => [code(name), type, labels.map(code).join(', '), help])
+  )
+  sections['features'] = table(
+    ['Feature', 'Bit', 'Of'],
+    [
+      ...featureRows(featureBits(RING_FEATURES), virtio, /^(VIRTIO|VHOST_USER)_F_/, 'every device'),
+      ...featureRows(await blkFeatures(), virtioBlk, /^VIRTIO_BLK_F_/, 'blk'),
+      ...featureRows(PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol'),
+    ]
+  )
+  sections['error-codes'] = table(
+    ['Code', 'Meaning'],
+    Object.entries(ERROR_CODES).map(([name, meaning]) => [code(name), meaning])
+  )
+  return sections
+}
+
+/** Bits by their names in a module of constants. */
+function featureRows(bits: readonly number[], constants: object, prefix: RegExp, of: string): string[][] {
+  return bits.map((bit) => {
+    const name = Object.entries(constants).find(([key, value]) => prefix.test(key) && value === bit)?.[0]
+    if (name === undefined) throw new Error(`feature bit ${bit} of ${of} has no name`)
+    return [code(name), String(bit), of]
+  })
+}
+
+/** All that a block device offers, whatever its options. */
+async function blkFeatures(): Promise<number[]> {
+  const definition = await devices['blk']!.load()
+  const dir = mkdtempSync(join(tmpdir(), 'virtiod-docs-'))
+  try {
+    const file = join(dir, 'disk.img')
+    writeFileSync(file, Buffer.alloc(1 << 20))
+    let features = 0n
+    for (const readOnly of [false, true]) {
+      const options = safeParse(definition.options, { 'blk-file': file, 'read-only': readOnly }).output
+      const device = await definition.open(options, observer)
+      features |= device.features
+      device.close()
+    }
+    return featureBits(features)
+  } finally {
+    rmSync(dir, { recursive: true, force: true })
+  }
+}
+
+function optionTable(options: OptionTable): string {
+  return table(
+    ['Option', 'Values', 'Default', 'Meaning'],
+    optionsOf(options).map((info) => [code(optionUsage(info)), optionValues(info), defaultCell(info), info.description])
+  )
+}
+
+function defaultCell(info: OptionInfo): string {
+  if (info.required) return 'required'
+  const value = optionDefault(info)
+  return value === '' ? info.unset : code(value)
+}
+
+function table(head: readonly string[], rows: readonly (readonly string[])[]): string {
+  const line = (cells: readonly string[]): string =>
+    `| ${cells.map((cell) => cell.replaceAll('|', '\\|')).join(' | ')} |`
+  return [line(head), line(head.map(() => '---')), ...rows.map(line)].join('\n')
+}
+
+function code(text: string): string {
+  return `\`${text}\``
+}
+
+/** The text between a section's markers; undefined when README has no such section. */
+export function readSection(readme: string, name: string): string | undefined {
+  const match = new RegExp(`<!-- ${name} -->\\n([\\s\\S]*?)\\n?<!-- /${name} -->`).exec(readme)
+  return match?.[1]?.trim()
+}
+
+function fill(readme: string, sections: Readonly<Record<string, string>>): string {
+  let filled = readme
+  for (const [name, text] of Object.entries(sections)) {
+    const markers = new RegExp(`(<!-- ${name} -->\\n)[\\s\\S]*?(<!-- /${name} -->)`)
+    if (!markers.test(filled)) process.stderr.write(`README.md has no section <!-- ${name} --> … <!-- /${name} -->\n`)
+    filled = filled.replace(markers, (_, open: string, close: string) => `${open}\n${text}\n\n${close}`)
+  }
+  return filled
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const sections = await tables()
+  if (process.argv.includes('--write')) writeFileSync(readmePath, fill(readFileSync(readmePath, 'utf8'), sections))
+  else
+    for (const [name, text] of Object.entries(sections))
+      process.stdout.write(`<!-- ${name} -->\n\n${text}\n\n<!-- /${name} -->\n\n`)
+}
