@@ -1,0 +1,358 @@
+/** A pool of real iothreads under the test device, with drivers that live in the test. */
+import { closeSync } from 'node:fs'
+import { QueueCounters } from '../../src/engine/counters.ts'
+import type { Report } from '../../src/engine/messages.ts'
+import { type IothreadHandle, IothreadPool } from '../../src/engine/pool.ts'
+import { type NativeMapping, native } from '../../src/native.ts'
+import type { RegionDescription } from '../../src/virtio/memory.ts'
+import { INDIRECT, MockDriver, NEXT, type RingLayout, ringLayout, WRITE } from '../virtio/mock-driver.ts'
+import { GATE, MAX_SAMPLES, type TestData } from './fixtures/device.ts'
+
+export const DEVICE = new URL('./fixtures/device.ts', import.meta.url).href
+
+type Event = Extract<Report, { kind: 'ringBroken' | 'deviceFailed' }>
+
+/** Whether this machine has io_uring: else only the emulation can be tested. */
+export const hasUring = (() => {
+  const ring = native.ringSetup(8, 8, false)
+  if (typeof ring === 'number') return false
+  ring.close()
+  return true
+})()
+
+/** Waits for a condition that another thread brings about. The limit is only for what never comes. */
+export async function until(what: string, condition: () => boolean, seconds = 10): Promise<void> {
+  const end = performance.now() + seconds * 1000
+  while (!condition()) {
+    if (performance.now() > end) throw new Error(`never came: ${what}`)
+    await new Promise((resolve) => setImmediate(resolve))
+  }
+}
+
+export function check(result: number, what: string): number {
+  if (result < 0) throw new Error(`${what}: ${result}`)
+  return result
+}
+
+const kept: NativeMapping[] = []
+
+/** Memory that stays until the process ends: an address must not outlive its buffer, which the garbage collector unmaps. */
+export function allocate(length: number): NativeMapping {
+  const mapping = native.allocate(length)
+  if (typeof mapping === 'number') throw new Error(`allocate: ${mapping}`)
+  kept.push(mapping)
+  return mapping
+}
+
+/** Resolves to whether `promise` ended well before it was given up. */
+function inTime(promise: Promise<unknown>, seconds = 3): Promise<boolean> {
+  const late = Promise.withResolvers<boolean>()
+  const timer = setTimeout(() => late.resolve(false), seconds * 1000)
+  const ended = promise.then(
+    () => true,
+    () => false
+  )
+  return Promise.race([ended, late.promise]).finally(() => clearTimeout(timer))
+}
+
+const idle = new Map<string, Engine>()
+
+/** Ends the iothreads that wait for the next test. */
+export async function closeEngines(): Promise<void> {
+  const engines = [...idle.values()]
+  idle.clear()
+  await Promise.all(engines.map((engine) => engine.pool.close()))
+}
+
+/**
+ * Iothreads, and all that they report. Everything that a test opens through it is closed with it; the threads themselves serve
+ * the next test if they are well, since starting them is most of the time that a test takes.
+ */
+export class Engine implements AsyncDisposable {
+  readonly pool: IothreadPool
+  readonly events: Event[] = []
+  readonly deaths: unknown[] = []
+  /** Rings to stop at the end. */
+  readonly started = new Set<TestRing>()
+  readonly #key: string
+  readonly #fds: number[] = []
+  #abandoned = false
+
+  private constructor(key: string, emulate: boolean, count: number, pollMaxUs: number) {
+    this.#key = key
+    this.pool = new IothreadPool({ count, emulate, pollMaxUs })
+    this.pool.on('ringBroken', (event) => this.events.push(event))
+    this.pool.on('deviceFailed', (event) => this.events.push(event))
+    this.pool.on('death', (error) => this.deaths.push(error))
+  }
+
+  static async start(emulate: boolean, { count = 1, pollMaxUs = 0 } = {}): Promise<Engine> {
+    const key = `${emulate} ${count} ${pollMaxUs}`
+    const waiting = idle.get(key)
+    if (waiting !== undefined) {
+      idle.delete(key)
+      return waiting
+    }
+    const engine = new Engine(key, emulate, count, pollMaxUs)
+    await engine.pool.ready()
+    return engine
+  }
+
+  eventfd(): number {
+    return this.own(check(native.eventfd(0), 'eventfd'))
+  }
+
+  memfd(length: number): number {
+    return this.own(check(native.memfd('test', length, 0), 'memfd'))
+  }
+
+  own(fd: number): number {
+    this.#fds.push(fd)
+    return fd
+  }
+
+  /** Ends the threads now, whatever is in flight. */
+  async abandon(): Promise<void> {
+    this.#abandoned = true
+    await this.pool.abandon()
+  }
+
+  /** Ends the threads now, in order. */
+  async close(): Promise<void> {
+    this.#abandoned = true
+    await this.pool.close()
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (!this.#abandoned) {
+      const stops = [...this.started].map((ring) => {
+        ring.release()
+        return ring.stop().catch(() => {})
+      })
+      const well =
+        this.deaths.length === 0 && (await inTime(Promise.all([...stops, this.pool.broadcast({ kind: 'ping' })])))
+      // Not closed, as that would wait for what doesn't answer: the test runner ends the process.
+      if (!well) return
+    }
+    for (const fd of this.#fds.splice(0)) closeSync(fd)
+    this.events.length = 0
+    this.started.clear()
+    if (!this.#abandoned) idle.set(this.#key, this)
+  }
+}
+
+export interface SessionOptions {
+  readonly rings?: number
+  readonly size?: number
+  readonly eventIdx?: boolean
+  /** Spread over the iothreads as the daemon does, or all on the first. */
+  readonly spread?: boolean
+  readonly kick?: boolean
+  readonly call?: boolean
+  readonly enabled?: boolean
+  readonly module?: string
+  readonly data?: Partial<TestData>
+  readonly base?: number
+}
+
+/** Bytes that each request slot has behind the ring: the request, and its writable buffer. */
+const SLOT = 128
+let sessions = 1000
+
+/** One ring of a session, driver and all. */
+export class TestRing {
+  readonly index: number
+  readonly thread: IothreadHandle
+  readonly driver: MockDriver
+  readonly layout: RingLayout
+  readonly counters = new QueueCounters()
+  readonly id: number
+  kickFd: number
+  callFd: number
+  readonly #engine: Engine
+  readonly #session: TestSession
+  readonly #slots: number
+
+  constructor(
+    engine: Engine,
+    session: TestSession,
+    index: number,
+    thread: IothreadHandle,
+    offset: number,
+    kickFd: number,
+    callFd: number
+  ) {
+    const { size = 64, base = 0 } = session.options
+    const layout = ringLayout(size)
+    this.#engine = engine
+    this.#session = session
+    this.index = index
+    this.thread = thread
+    this.id = thread.takeRing()
+    this.kickFd = kickFd
+    this.callFd = callFd
+    this.layout = {
+      size,
+      descriptor: offset,
+      driver: offset + layout.driver,
+      device: offset + layout.device,
+    }
+    this.#slots = offset + layout.end
+    this.driver = new MockDriver(session.mapping.buffer, this.layout, base)
+  }
+
+  async start(): Promise<void> {
+    const { eventIdx = false, enabled = true, module = DEVICE, data = {}, base = 0 } = this.#session.options
+    await this.thread.request({
+      kind: 'startQueue',
+      queue: this.id,
+      session: this.#session.id,
+      index: this.index,
+      vring: { ...this.layout, base, eventIdx, indirect: true },
+      features: 0n,
+      kickFd: this.kickFd,
+      callFd: this.callFd,
+      enabled,
+      module,
+      data: {
+        control: this.#session.control.buffer,
+        heap: this.#session.heap.buffer,
+        fd: this.#session.fd,
+        avail: { buffer: this.#session.mapping.buffer, offset: this.layout.driver },
+        ...data,
+      },
+      counters: this.counters.buffer,
+    })
+    this.#engine.started.add(this)
+  }
+
+  /** Lets go what the device holds. */
+  release(): void {
+    Atomics.store(this.#session.control, GATE, 1)
+  }
+
+  /** Drains it; resolves to its base. */
+  async stop(): Promise<number> {
+    const base = await this.thread.request({ kind: 'stopQueue', queue: this.id })
+    this.thread.freeRing(this.id)
+    this.#engine.started.delete(this)
+    return base
+  }
+
+  /** GPA of the writable buffer of a slot. */
+  buffer(slot: number): number {
+    return this.#slots + slot * SLOT + 64
+  }
+
+  /** Writes a request of two descriptors into a slot (descriptors 2 × slot and the next one). Returns the head. */
+  prepare(slot: number, operation: number, argument = 0, writable = 64): number {
+    const at = this.#slots + slot * SLOT
+    this.driver.view.setUint32(at, operation, true)
+    this.driver.view.setUint32(at + 4, argument, true)
+    const head = slot * 2
+    this.driver.descriptor(head, { gpa: at, length: 8, flags: NEXT, next: head + 1 })
+    this.driver.descriptor(head + 1, { gpa: this.buffer(slot), length: writable, flags: WRITE })
+    return head
+  }
+
+  /** Writes a request whose descriptors are a table at a GPA of the caller's. */
+  prepareIndirect(slot: number, table: number, bytes: number): number {
+    this.driver.descriptor(slot * 2, { gpa: table, length: bytes, flags: INDIRECT })
+    return slot * 2
+  }
+
+  kick(): void {
+    check(native.eventfdWrite(this.kickFd, 1), 'kick')
+  }
+
+  /** Makes heads available and kicks. */
+  offer(...heads: number[]): void {
+    this.driver.offer(...heads)
+    if (this.kickFd >= 0) this.kick()
+  }
+
+  /** Waits until `count` more chains are used; returns them. */
+  async used(count: number): Promise<{ id: number; length: number }[]> {
+    const all = this.driver.takeUsed()
+    await until(`used element ${all.length + 1} of ${count} of ring ${this.index}`, () => {
+      all.push(...this.driver.takeUsed())
+      return all.length >= count
+    })
+    return all
+  }
+
+  /** Waits for a call on the present call fd and takes it. */
+  async called(): Promise<void> {
+    await until(`a call of ring ${this.index}`, () => native.eventfdRead(this.callFd) > 0)
+  }
+}
+
+/** A front-end: memory, a file, and rings on the engine's iothreads. */
+export class TestSession {
+  readonly id = sessions++
+  readonly options: SessionOptions
+  readonly control = new Int32Array(new SharedArrayBuffer(64))
+  readonly heap = new Float64Array(new SharedArrayBuffer(MAX_SAMPLES * 8))
+  readonly mapping: NativeMapping
+  readonly fd: number
+  readonly rings: TestRing[]
+  /** First byte behind the rings. */
+  readonly free: number
+  readonly #engine: Engine
+
+  private constructor(engine: Engine, options: SessionOptions) {
+    const { rings = 1, size = 64, spread = false, kick = true, call = true } = options
+    this.options = options
+    this.#engine = engine
+    const each = ringLayout(size).end + Math.ceil((size * SLOT) / 4096) * 4096
+    this.free = each * rings
+    this.mapping = allocate(this.free + (1 << 20))
+    this.fd = engine.memfd(1 << 20)
+    this.rings = Array.from({ length: rings }, (_, index) => {
+      const thread = spread ? engine.pool.assign() : engine.pool.threads[0]!
+      return new TestRing(
+        engine,
+        this,
+        index,
+        thread,
+        index * each,
+        kick ? engine.eventfd() : -1,
+        call ? engine.eventfd() : -1
+      )
+    })
+  }
+
+  static async start(engine: Engine, options: SessionOptions = {}): Promise<TestSession> {
+    const session = new TestSession(engine, options)
+    await session.setMemory([session.region])
+    for (const ring of session.rings) await ring.start()
+    return session
+  }
+
+  /** A session whose rings are not started yet. */
+  static async prepare(engine: Engine, options: SessionOptions = {}): Promise<TestSession> {
+    const session = new TestSession(engine, options)
+    await session.setMemory([session.region])
+    return session
+  }
+
+  get ring(): TestRing {
+    return this.rings[0]!
+  }
+
+  get region(): RegionDescription {
+    return { gpa: 0, size: this.mapping.buffer.byteLength, hva: this.mapping.address, buffer: this.mapping.buffer }
+  }
+
+  async setMemory(regions: readonly RegionDescription[]): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'setMemory', session: this.id, regions })
+  }
+
+  async pause(): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'pause', session: this.id })
+  }
+
+  async resume(): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'resume', session: this.id })
+  }
+}
