@@ -98,6 +98,9 @@ static Slot slots[kSlots];
 // finalizers may run at exit.
 static std::mutex tableMutex;
 static std::atomic<int> faultFd{-1};
+static std::atomic<uint32_t> faultTotal{0};
+
+uint32_t FaultTotal() { return faultTotal.load(); }
 
 static void SetSlot(Slot& slot, uintptr_t base, size_t length, uintptr_t address, bool guarded) {
   slot.sequence.fetch_add(1, std::memory_order_acq_rel);
@@ -176,6 +179,8 @@ static bool GuardFault(uintptr_t address) {
     // SAFETY: the faulting thread touches this mapping through its SharedArrayBuffer, which is therefore alive, so the
     // range is still ours. The whole of it is replaced, not the page: a guest whose memory is partly gone is not
     // served any further.
+    // Counted first: whoever reads a zero that was not in the file finds the count changed afterwards.
+    faultTotal.fetch_add(1);
     if (!LayAnonymous(reinterpret_cast<void*>(base), length)) return false;
     slot.faults.fetch_add(1);
     uint64_t one = 1;
@@ -241,6 +246,7 @@ static Napi::Value MapFile(const Napi::CallbackInfo& info) {
   uint64_t mapLength = args.Size(2, "mapLength");
   uint64_t dataOffset = args.Size(3, "dataOffset");
   uint64_t dataLength = args.Size(4, "dataLength");
+  bool writable = args.Bool(5, "writable");
   if (args.failed() || !HaveExternalSharedArrayBuffer(info.Env())) return Undefined(info);
   if (dataLength == 0 || dataOffset > mapLength || dataLength > mapLength - dataOffset) return Number(info, -EINVAL);
   struct statfs fs;
@@ -251,11 +257,14 @@ static Napi::Value MapFile(const Napi::CallbackInfo& info) {
   size_t length = RoundToPage(static_cast<size_t>(mapLength));
   if (!InstallGuard()) return Result(info, -1);
   constexpr int kFlags = MAP_SHARED | MAP_NORESERVE;
-  void* base = mmap(nullptr, length, PROT_READ | PROT_WRITE, kFlags, fd, static_cast<off_t>(mapOffset));
+  int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* base = mmap(nullptr, length, protection, kFlags, fd, static_cast<off_t>(mapOffset));
   if (base == MAP_FAILED) return Result(info, -1);
   // Advice only: a kernel without it still maps the memory.
   madvise(base, length, MADV_DONTDUMP);
   madvise(base, length, MADV_DONTFORK);
+  // An image is read where the guest likes: a fault brings its page, not those around it from the disk.
+  if (!writable) madvise(base, length, MADV_RANDOM);
   return Publish(info, base, length, static_cast<size_t>(dataOffset), static_cast<size_t>(dataLength), true);
 }
 

@@ -55,11 +55,12 @@ struct Control {
   int32_t minComplete;
   int32_t flags;
   int32_t timeoutMicroseconds;
-  int32_t directStart;  // the direct writes to run in this call: [directStart, directStart + directCount)
+  int32_t directStart;  // the direct entries to run in this call: [directStart, directStart + directCount)
   int32_t directCount;
+  int32_t slowCopy;  // set when a copy out of a mapping took so long that it must have waited for the disk
 };
 
-constexpr unsigned kDirectWrites = 256;
+constexpr unsigned kDirectEntries = 256;
 
 /** Byte offsets into the rings, as `NativeRing` names them. */
 struct RingLayout {
@@ -84,11 +85,16 @@ class Ring {
   Region* control = nullptr;
   Region* direct = nullptr;
 
+ private:
+  long majorFaults_ = 0;
+
  protected:
-  /** Makes the control block and the entries of direct writes; false and errno. */
+  /** Makes the control block and the direct entries; false and errno. */
   bool AllocateControl();
-  /** Runs the direct writes that the control block names. Returns how many there were. */
-  int WriteDirect();
+  /** Runs the direct entries that the control block names. Returns how many there were. */
+  int RunDirect();
+  /** Whether this thread waited for the disk in a page fault since the last call. */
+  bool MajorFaulted();
   /** Lays anonymous memory over the regions and gives our references to them back. */
   void CloseMemory();
 

@@ -110,9 +110,9 @@ int EmulatedRing::Enter() {
   const Control& wanted = *arguments();
   unsigned submitted = Submit(static_cast<unsigned>(wanted.toSubmit));
   int waited = 0;
-  if (WriteDirect() > 0) return static_cast<int>(submitted);
+  bool direct = RunDirect() > 0;
   if ((wanted.flags & IORING_ENTER_GETEVENTS) != 0) {
-    unsigned minComplete = std::min(static_cast<unsigned>(wanted.minComplete), layout.cqEntries);
+    unsigned minComplete = direct ? 0 : std::min(static_cast<unsigned>(wanted.minComplete), layout.cqEntries);
     waited = Reap(wanted.timeoutMicroseconds == 0 ? 0 : minComplete, wanted.timeoutMicroseconds);
   }
   return submitted > 0 ? static_cast<int>(submitted) : waited;

@@ -53,9 +53,12 @@ export interface NativeRing {
    */
   readonly control: SharedArrayBuffer
   /**
-   * Writes that `enter` runs at once by pwritev(2), behind the submission, without waiting for anything else: 256
-   * entries laid out as submission entries (WRITE or WRITEV; fd, offset, address, length), named by words 4 (first)
-   * and 5 (count) of `control`. The last word of an entry takes its result, bytes or -errno.
+   * Entries that `enter` runs at once, behind the submission and without waiting for anything else: 256, laid out as
+   * submission entries, named by words 4 (first) and 5 (count) of `control`. WRITE and WRITEV are pwritev(2); READ and
+   * READV copy from the address in the offset's place, which lies in a mapping that the caller holds. The last word of
+   * an entry takes its result: bytes or -errno. A copy that waited for the disk sets word 6 of `control`, and those
+   * behind it are refused with -EAGAIN; one that the SIGBUS guard caught is -EFAULT. With direct entries io_uring is entered only
+   * when there is something to submit or `flags` has IORING_ENTER_GETEVENTS.
    */
   readonly direct: SharedArrayBuffer
   /**
@@ -184,7 +187,8 @@ export interface Native {
     mapOffset: number,
     mapLength: number,
     dataOffset: number,
-    dataLength: number
+    dataLength: number,
+    writable: boolean
   ): NativeMapping | number
   /** Page-aligned private anonymous memory, zeroed, with a known address: I/O vectors, bounce buffers, constants. */
   allocate(length: number): NativeMapping | number

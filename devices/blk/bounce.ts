@@ -37,6 +37,11 @@ export const BouncePool = {
     return buffers[bounce]!
   },
 
+  /** `user` is gone: it waits no more. What it holds it gives back itself. */
+  leave(user: BounceUser): void {
+    for (let i = waiting.length - 1; i >= 0; i--) if (waiting[i]!.user === user) waiting.splice(i, 1)
+  },
+
   give(bounce: number): void {
     const next = waiting.shift()
     if (next === undefined) free.push(bounce)

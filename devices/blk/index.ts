@@ -2,7 +2,7 @@
  * virtio-blk on a raw image file or a block device: the control half. It opens and locks the file, and keeps the
  * config space (virtio 1.3 §5.2.4).
  */
-import { closeSync, constants, fstatSync, openSync } from 'node:fs'
+import { closeSync, constants, fstatSync, openSync, statSync } from 'node:fs'
 import {
   API_VERSION,
   ConfigError,
@@ -160,14 +160,7 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
   const fd = openFile(path, options)
   try {
     const info = host.fileInfo(fd)
-    if (info.kind === 'other') {
-      throw new ConfigError(
-        'ERR_BLK_FILE_KIND',
-        '--blk-file',
-        `${path} is neither a regular file nor a block device`,
-        'Give a raw image or a disk.'
-      )
-    }
+    if (info.kind === 'other') throw kindError(path)
     if (!host.lockFile(fd, !options['read-only'])) {
       const fix = 'Stop that process; several may share a file only when all of them have --read-only.'
       throw new ConfigError('ERR_BLK_FILE_LOCKED', '--blk-file', `${path} is in use by another process`, fix)
@@ -191,11 +184,20 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
   }
 }
 
+function kindError(path: string): ConfigError {
+  const fix = 'Give a raw image or a disk.'
+  return new ConfigError('ERR_BLK_FILE_KIND', '--blk-file', `${path} is neither a regular file nor a block device`, fix)
+}
+
 function openFile(path: string, options: BlkOptions): number {
   const direct = options.cache === 'none' ? constants.O_DIRECT : 0
   try {
+    // Looked at before it is opened: opening a FIFO waits for its other end.
+    const stat = statSync(path)
+    if (!stat.isFile() && !stat.isBlockDevice() && !stat.isDirectory()) throw kindError(path)
     return openSync(path, (options['read-only'] ? constants.O_RDONLY : constants.O_RDWR) | direct)
   } catch (cause) {
+    if (cause instanceof ConfigError) throw cause
     const { code } = cause as NodeJS.ErrnoException
     if (code === 'EINVAL' && direct !== 0) {
       const fix = 'Use --cache writeback, or keep the file on another file system.'

@@ -116,6 +116,9 @@ class BlkQueue implements QueueHandler, BounceUser {
   }
 
   close(): void {
+    // After a failure requests were abandoned in the middle; their buffers are the whole iothread's.
+    BouncePool.leave(this)
+    for (const request of this.#requests) if (request !== undefined) this.#release(request)
     this.#context.io.closeFile(this.#file)
   }
 

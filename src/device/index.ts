@@ -143,7 +143,10 @@ export interface QueueHandler {
    * once.
    */
   handle(chain: Chain): void
-  /** The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. */
+  /**
+   * The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. -EAGAIN and -EINTR
+   * say that nothing was done: submit it again.
+   */
   completed(chain: Chain, result: number): void
   /** The ring stopped; nothing is in flight. Frees what `createQueueHandler` took. */
   close?(): void

@@ -2,13 +2,10 @@
  * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's
  * buffer becomes an address for the kernel.
  */
-import { constants } from 'node:fs'
 import type { Chain, DeviceIo, IoBuffer, IoFile } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
 import { type IoRing, MAX_VECTORS, WRITE_BUFFERED, WRITE_DSYNC, WRITE_PLAIN } from './ring.ts'
-
-const S_IFMT = 0o170000
-const S_IFREG = 0o100000
+import { RingFile } from './ring-file.ts'
 
 export class Io implements DeviceIo {
   readonly #ring: IoRing
@@ -27,11 +24,12 @@ export class Io implements DeviceIo {
   }
 
   openFile(fd: number): IoFile {
-    return { fd, slot: this.#ring.openFile(fd), buffered: isBuffered(fd) }
+    return new RingFile(fd, this.#ring.openFile(fd), this.#ring.copyFaults)
   }
 
   closeFile(file: IoFile): void {
     this.#ring.closeFile(file.fd)
+    ;(file as RingFile).unmap()
   }
 
   allocate(length: number): IoBuffer {
@@ -43,7 +41,15 @@ export class Io implements DeviceIo {
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void {
     const count = this.#locate(chain, chain.readableCount, chain.count, start, length)
     const user = this.#user(chain)
-    if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
+    const mapped = file as RingFile
+    if (mapped.faults !== this.#ring.copyFaults) mapped.check(this.#ring.copyFaults)
+    if (offset + length <= mapped.mappedLength && this.#ring.takesCopies()) {
+      if (count === 1) this.#ring.copy(mapped.mappedAddress + offset, this.#address(chain), length, user, this.#tag)
+      else {
+        this.#vectors(chain, count, length)
+        this.#ring.copyVector(mapped.mappedAddress + offset, count, user, this.#tag)
+      }
+    } else if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
     else {
       this.#vectors(chain, count, length)
       this.#ring.readVector(file.fd, file.slot, offset, count, user, this.#tag)
@@ -151,12 +157,6 @@ export class Io implements DeviceIo {
 
 function writeKind(file: IoFile, dsync: boolean): number {
   return dsync ? WRITE_DSYNC : file.buffered ? WRITE_BUFFERED : WRITE_PLAIN
-}
-
-/** A regular file through the page cache: a write to it is a copy. */
-function isBuffered(fd: number): boolean {
-  const info = new Float64Array(8)
-  return native.fdInfo(fd, info) === 0 && (info[0]! & S_IFMT) === S_IFREG && (info[6]! & constants.O_DIRECT) === 0
 }
 
 function bufferAddress(buffer: IoBuffer, start: number, length: number): number {

@@ -18,7 +18,8 @@ export const OP_DEVICE = 0
 export const OP_KICK = 1
 export const OP_CALL = 2
 export const OP_WAKE = 3
-export const OP_CANCEL = 4
+export const OP_CANCEL_KICK = 4
+export const OP_CANCEL_CALL = 5
 
 const EAGAIN = -11
 const EALREADY = -114
@@ -226,11 +227,14 @@ export class Queue implements QueueContext {
           this.call()
         }
         return
-      case OP_CANCEL:
+      case OP_CANCEL_KICK:
         // -ENOENT: the poll ended by itself, its completion tells. -EALREADY: it was busy, so again.
         if (result !== EALREADY || high >>> 8 !== this.#generation || !this.#kickArmed) return
         this.#kickCancelled = false
         this.#cancelKick()
+        return
+      case OP_CANCEL_CALL:
+        if (result === EALREADY && high >>> 8 === this.#generation) this.#cancelCall()
         return
     }
   }
@@ -284,18 +288,18 @@ export class Queue implements QueueContext {
   }
 
   /**
-   * A front-end that made its call fd blocking and filled it up keeps a write waiting, and with it whoever waits for the
-   * ring. The driver loses nothing: it has not read the calls that are there.
+   * A front-end that made its call fd blocking and filled it up keeps a write waiting, and with it whoever waits for
+   * the ring. The driver loses nothing: it has not read the calls that are there.
    */
   #cancelCall(): void {
     if (!this.#calling) return
-    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_CALL), this.id << 16, this.#tag(OP_CANCEL))
+    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_CALL), this.id << 16, this.#tag(OP_CANCEL_CALL))
   }
 
   #cancelKick(): void {
     if (!this.#kickArmed || this.#kickCancelled) return
     this.#kickCancelled = true
-    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL))
+    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL_KICK))
   }
 
   #kickEnded(result: number): void {

@@ -4,6 +4,7 @@
  * only in `emulated`. It knows entries and completions, not queues or devices.
  */
 import { type NativeRing, native, systemError } from '../native.ts'
+import { DirectEntries } from './direct.ts'
 
 // linux/io_uring.h
 const IORING_OP_READV = 1
@@ -53,17 +54,6 @@ export const WRITE_PLAIN = 0
 export const WRITE_DSYNC = 1
 export const WRITE_BUFFERED = 2
 
-/** Entries for direct writes that the addon has. */
-const DIRECT_WRITES = 256
-/**
- * A batch of direct writes that takes longer than this, beside its copying, has blocked: on dirty-page throttling or
- * a journal.
- */
-const DIRECT_BLOCKED_MS = 3
-const DIRECT_BYTES_PER_MS = 256 * 1024
-/** How long they are left to the kernel's workers then. */
-const DIRECT_PAUSE_MS = 1000
-
 /** Receives completions; a method call, not a closure, so that it stays monomorphic. */
 export interface CompletionSink {
   /** @param low, high the two words of user_data */
@@ -76,9 +66,9 @@ export class IoRing {
   readonly capacity = COMPLETIONS - 256
   /** Operations submitted or prepared whose last completion hasn't been reaped. */
   inFlight = 0
-  /** Entries prepared since the last submission, direct writes included. */
+  /** Entries prepared since the last submission, direct ones included. */
   get pending(): number {
-    return this.#submissions + this.#directTail - this.#directRun
+    return this.#submissions + this.#direct.pending
   }
   #submissions = 0
   readonly #ring: NativeRing
@@ -98,14 +88,7 @@ export class IoRing {
   readonly #vectors: Uint32Array
   readonly #vectorsAddress: number
   #vector = 0
-  // Direct writes: entries [0, #directReaped) are reported, up to #directRun executed, up to #directTail prepared.
-  readonly #direct: Uint32Array
-  #directReaped = 0
-  #directRun = 0
-  #directTail = 0
-  #directBytes = 0
-  /** Until when (performance.now()) writes go through the kernel's workers, since direct ones blocked. */
-  #directPause = 0
+  readonly #direct: DirectEntries
   // Fixed-file slots by fd, with a count of users.
   readonly #slots = new Map<number, { slot: number; users: number }>()
   readonly #freeSlots: number[] = []
@@ -131,7 +114,7 @@ export class IoRing {
     this.#cqMask = ring.cqEntries - 1
     this.#tail = this.#rings[this.#sqTail]!
     this.#head = this.#rings[this.#cqHead]!
-    this.#direct = new Uint32Array(ring.direct)
+    this.#direct = new DirectEntries(ring)
     this.#vectors = new Uint32Array(vectors.buffer)
     this.#vectorsAddress = vectors.address
     if (!emulate) for (let slot = 63; slot >= 0; slot--) this.#freeSlots.push(slot)
@@ -171,7 +154,7 @@ export class IoRing {
 
   /** Whether completions can be reaped, or the kernel wants to be entered to produce them. */
   hasCompletions(): boolean {
-    return this.#cqReady() || this.#kernelWaits()
+    return this.#cqReady() || this.#direct.finished > 0 || this.#kernelWaits()
   }
 
   /**
@@ -194,12 +177,17 @@ export class IoRing {
    */
   submit(minComplete: number, timeoutUs: number): void {
     const control = this.#control
+    const direct = this.#direct
     for (;;) {
+      const hurry = direct.pending > 0
+      // Executed entries that wait to be reported are completions as well, which the kernel doesn't know of.
+      const wait = hurry || direct.finished > 0 ? 0 : minComplete
       control[0] = this.#submissions
-      control[1] = minComplete
-      control[2] = IORING_ENTER_GETEVENTS
-      control[3] = minComplete === 0 ? -1 : timeoutUs
-      const result = this.#directTail === this.#directRun ? this.#enter() : this.#enterDirect()
+      control[1] = wait
+      // Beside direct entries the kernel is entered only when there is a reason: that saves the system call.
+      control[2] = !hurry || this.#submissions > 0 || this.wantsEnter() ? IORING_ENTER_GETEVENTS : 0
+      control[3] = wait === 0 ? -1 : timeoutUs
+      const result = hurry ? direct.execute(this.#enter) : this.#enter()
       if (result >= 0) {
         this.#submissions -= result
         if (this.#submissions === 0) {
@@ -220,57 +208,18 @@ export class IoRing {
     }
   }
 
-  /** One native call that also runs the direct writes. */
-  #enterDirect(): number {
-    const control = this.#control
-    const start = performance.now()
-    control[4] = this.#directRun
-    control[5] = this.#directTail - this.#directRun
-    const result = this.#enter()
-    control[5] = 0
-    this.#directRun = this.#directTail
-    const now = performance.now()
-    if (now - start > DIRECT_BLOCKED_MS + this.#directBytes / DIRECT_BYTES_PER_MS)
-      this.#directPause = now + DIRECT_PAUSE_MS
-    this.#directBytes = 0
-    return result
-  }
-
-  #reapDirect(sink: CompletionSink): number {
-    const direct = this.#direct
-    const end = this.#directRun
-    const count = end - this.#directReaped
-    for (let i = this.#directReaped; i < end; i++) {
-      const at = i * SQE_WORDS
-      this.inFlight--
-      sink.completion(direct[at + 8]!, direct[at + 9]!, direct[at + 15]! | 0, 0)
-    }
-    this.#directReaped = end
-    // Completions may have prepared more behind `end`; the space is used again when all are through.
-    if (end === this.#directTail) this.#directReaped = this.#directRun = this.#directTail = 0
-    return count
-  }
-
-  /**
-   * Whether a buffered write is done by pwritev in the batch's native call instead of by io_uring, which hands every
-   * buffered write on a file system without non-blocking ones (ext4) to a kernel worker, at several times the price.
-   * It is, while such writes don't block: when dirty pages are throttled the workers take over for a while, so that
-   * other queues go on.
-   */
-  #writesDirectly(): boolean {
-    if (this.#directTail === DIRECT_WRITES) return false
-    if (this.#directPause === 0) return true
-    if (performance.now() < this.#directPause) return false
-    this.#directPause = 0
-    return true
-  }
-
   /** Hands every completion that is there to `sink`. Returns how many. */
   reap(sink: CompletionSink): number {
-    const written = this.#directRun > this.#directReaped ? this.#reapDirect(sink) : 0
+    const direct = this.#direct
+    let count = 0
+    for (let entry = direct.next(); entry >= 0; entry = direct.next()) {
+      this.inFlight--
+      count++
+      sink.completion(direct.low(entry), direct.high(entry), direct.result(entry), 0)
+    }
     // ORDER: acquire, pairs with the kernel's release of the CQ tail: the entries before it are written.
     const tail = Atomics.load(this.#rings, this.#cqTail)
-    let count = 0
+    const head = this.#head
     const cqes = this.#cqes
     while (this.#head !== tail) {
       const at = (this.#head & this.#cqMask) * 4
@@ -284,14 +233,37 @@ export class IoRing {
       sink.completion(low, high, result, flags)
       count++
     }
-    if (count > 0) this.#releaseCompletions()
-    return count + written
+    if (this.#head !== head) this.#releaseCompletions()
+    return count
   }
 
   // ---- preparing entries. SAFETY: `address` is inside memory that stays mapped until the completion was reaped.
 
   read(fd: number, slot: number, offset: number, address: number, length: number, low: number, high: number): void {
     this.#prepare(IORING_OP_READ, fd, slot, offset, address, length, 0, low, high)
+  }
+
+  /** Whether reads of mapped files may be copies now. One that is refused later completes with -EAGAIN. */
+  takesCopies(): boolean {
+    return this.#direct.takesCopies()
+  }
+
+  /** Changes when a copy ran into missing pages of a mapping; see `RingFile.check`. */
+  get copyFaults(): number {
+    return this.#direct.faults
+  }
+
+  /** Copies `length` bytes from `source`, inside a mapping. Only after `takesCopies`. */
+  copy(source: number, address: number, length: number, low: number, high: number): void {
+    this.inFlight++
+    this.#direct.copy(IORING_OP_READ, source, address, length, low, high)
+  }
+
+  /** Copies into the last `count` vectors. */
+  copyVector(source: number, count: number, low: number, high: number): void {
+    const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
+    this.inFlight++
+    this.#direct.copy(IORING_OP_READV, source, vectors, count, low, high)
   }
 
   /** @param kind WRITE_PLAIN, WRITE_DSYNC or WRITE_BUFFERED */
@@ -305,9 +277,10 @@ export class IoRing {
     low: number,
     high: number
   ): void {
-    if (kind === WRITE_BUFFERED && this.#writesDirectly())
-      this.#prepareDirect(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
-    else
+    if (kind === WRITE_BUFFERED && this.#direct.takesWrites()) {
+      this.inFlight++
+      this.#direct.write(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
+    } else
       this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
@@ -346,9 +319,10 @@ export class IoRing {
     high: number
   ): void {
     const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
-    if (kind === WRITE_BUFFERED && this.#writesDirectly())
-      this.#prepareDirect(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
-    else
+    if (kind === WRITE_BUFFERED && this.#direct.takesWrites()) {
+      this.inFlight++
+      this.#direct.write(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
+    } else
       this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
 
@@ -367,8 +341,8 @@ export class IoRing {
   }
 
   /**
-   * Ends the operation whose user_data is (targetLow, targetHigh); it completes with -ECANCELED. Not by POLL_REMOVE, which
-   * leaves a poll alone (-EALREADY) that has just been woken.
+   * Ends the operation whose user_data is (targetLow, targetHigh); it completes with -ECANCELED. Not by POLL_REMOVE,
+   * which leaves a poll alone (-EALREADY) that has just been woken.
    */
   cancel(targetLow: number, targetHigh: number, low: number, high: number): void {
     this.#prepare(IORING_OP_ASYNC_CANCEL, -1, -1, 0, targetLow + targetHigh * 0x1_0000_0000, 0, 0, low, high)
@@ -409,32 +383,6 @@ export class IoRing {
     this.inFlight++
     // ORDER: release, pairs with the kernel's acquire of the SQ tail in io_uring_enter, which is the barrier here.
     this.#rings[this.#sqTail] = this.#tail
-  }
-
-  #prepareDirect(
-    opcode: number,
-    fd: number,
-    offset: number,
-    address: number,
-    length: number,
-    bytes: number,
-    low: number,
-    high: number
-  ): void {
-    const direct = this.#direct
-    const at = this.#directTail * SQE_WORDS
-    direct[at] = opcode
-    direct[at + 1] = fd
-    direct[at + 2] = offset >>> 0
-    direct[at + 3] = (offset / 0x1_0000_0000) >>> 0
-    direct[at + 4] = address >>> 0
-    direct[at + 5] = (address / 0x1_0000_0000) >>> 0
-    direct[at + 6] = length
-    direct[at + 8] = low
-    direct[at + 9] = high
-    this.#directTail++
-    this.#directBytes += bytes
-    this.inFlight++
   }
 
   /** The submission ring or the vectors are full in the middle of a batch. */

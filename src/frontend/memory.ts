@@ -85,7 +85,7 @@ export class GuestMemory {
     const offset = layout.offset ?? 0
     const fd = native.memfd('virtiod-frontend', offset + layout.size, 0)
     if (fd < 0) throw systemError(fd, 'memfd_create', 'guest memory')
-    const mapping = native.mapFile(fd, 0, offset + layout.size, offset, layout.size)
+    const mapping = native.mapFile(fd, 0, offset + layout.size, offset, layout.size, true)
     if (typeof mapping === 'number') {
       native.close(fd)
       throw systemError(mapping, 'mmap', `guest memory of ${layout.size} bytes`)

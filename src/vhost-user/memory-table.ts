@@ -106,7 +106,7 @@ function mapRegion(fd: number, offset: number, length: number): { address: numbe
   const page = Math.max(4096, info[2]!)
   const mapOffset = Math.floor(offset / page) * page
   const mapLength = Math.ceil((offset + length) / page) * page - mapOffset
-  const mapping = native.mapFile(fd, mapOffset, mapLength, offset - mapOffset, length)
+  const mapping = native.mapFile(fd, mapOffset, mapLength, offset - mapOffset, length, true)
   if (typeof mapping === 'number') throw memoryError(`a region cannot be mapped (errno ${-mapping})`)
   return mapping
 }

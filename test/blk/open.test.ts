@@ -119,7 +119,7 @@ describe('open refuses', () => {
     const path = join(dir, 'socket')
     const server = createServer().listen(path)
     await once(server, 'listening')
-    expect(await refusal({ 'blk-file': path })).toMatchObject({ code: 'ERR_BLK_FILE_OPEN' })
+    expect(await refusal({ 'blk-file': path })).toMatchObject({ code: 'ERR_BLK_FILE_KIND' })
     server.close()
   })
 

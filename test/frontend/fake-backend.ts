@@ -151,7 +151,7 @@ class Session {
     this.#regions = this.#received.map((fd, i) => {
       const region = wire.readMemoryRegion(view, 8 + 32 * i)
       const offset = Number(region.mmapOffset)
-      const mapping = native.mapFile(fd, 0, offset + Number(region.size), offset, Number(region.size))
+      const mapping = native.mapFile(fd, 0, offset + Number(region.size), offset, Number(region.size), true)
       native.close(fd)
       if (typeof mapping === 'number') throw new Error(`mmap: ${mapping}`)
       return { ...region, mapping }

@@ -174,7 +174,7 @@ describe('memfd', () => {
     const out = new Float64Array(8)
     expect(native.fdInfo(fd, out)).toBe(0)
     expect(out[2]).toBe(2 ** 21)
-    expect(native.mapFile(fd, 0, 2 ** 20, 0, 2 ** 20)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, 2 ** 20, 0, 2 ** 20, true)).toBe(-EINVAL)
     native.close(fd)
   })
 })

@@ -9,7 +9,7 @@ describe('mapFile', () => {
   it('maps at a non-zero offset and exposes a part', () => {
     const fd = fdOf(native.memfd('m', 4 * PAGE, 0), 'memfd')
     const whole = new Uint8Array(mapped(fd, 0, 4 * PAGE).buffer)
-    const part = must(native.mapFile(fd, 2 * PAGE, PAGE, 16, 100), 'mapFile')
+    const part = must(native.mapFile(fd, 2 * PAGE, PAGE, 16, 100, true), 'mapFile')
     expect(part.buffer).toBeInstanceOf(SharedArrayBuffer)
     expect(part.buffer.byteLength).toBe(100)
     expect(part.address % PAGE).toBe(16)
@@ -34,20 +34,20 @@ describe('mapFile', () => {
 
   it('reports errors', () => {
     const fd = fdOf(native.memfd('m', PAGE, 0), 'memfd')
-    expect(native.mapFile(99_999, 0, PAGE, 0, PAGE)).toBe(-EBADF)
-    expect(native.mapFile(fd, 1, PAGE, 0, PAGE)).toBe(-EINVAL)
-    expect(native.mapFile(fd, 0, PAGE, 0, 0)).toBe(-EINVAL)
-    expect(native.mapFile(fd, 0, PAGE, 1, PAGE)).toBe(-EINVAL)
-    expect(native.mapFile(fd, 0, PAGE, 2 ** 53 - 1, 2)).toBe(-EINVAL)
-    expect(native.mapFile(fd, 0, 2 ** 53 - 1, 0, 1)).toBeLessThan(0)
-    expect(native.mapFile(fd, 0, 0, 0, 0)).toBe(-EINVAL)
-    expect(native.mapFile(fd, 0, 2 ** 52, 0, 1)).toBeLessThan(0)
+    expect(native.mapFile(99_999, 0, PAGE, 0, PAGE, true)).toBe(-EBADF)
+    expect(native.mapFile(fd, 1, PAGE, 0, PAGE, true)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, PAGE, 0, 0, true)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, PAGE, 1, PAGE, true)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, PAGE, 2 ** 53 - 1, 2, true)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, 2 ** 53 - 1, 0, 1, true)).toBeLessThan(0)
+    expect(native.mapFile(fd, 0, 0, 0, 0, true)).toBe(-EINVAL)
+    expect(native.mapFile(fd, 0, 2 ** 52, 0, 1, true)).toBeLessThan(0)
     native.close(fd)
     const pipe = fdOf(native.eventfd(0), 'eventfd')
-    expect(native.mapFile(pipe, 0, PAGE, 0, PAGE)).toBeLessThan(0)
+    expect(native.mapFile(pipe, 0, PAGE, 0, PAGE, true)).toBeLessThan(0)
     native.close(pipe)
     const readOnly = openSync('/proc/self/exe', 'r')
-    expect(native.mapFile(readOnly, 0, PAGE, 0, PAGE)).toBe(-13)
+    expect(native.mapFile(readOnly, 0, PAGE, 0, PAGE, true)).toBe(-13)
     closeSync(readOnly)
   })
 
@@ -76,7 +76,7 @@ describe('allocate and release', () => {
 
   it('gives the memory back at once and leaves zeroes', () => {
     const fd = fdOf(native.memfd('m', 2 * PAGE, 0), 'memfd')
-    const { buffer, address } = must(native.mapFile(fd, 0, 2 * PAGE, 8, PAGE), 'mapFile')
+    const { buffer, address } = must(native.mapFile(fd, 0, 2 * PAGE, 8, PAGE, true), 'mapFile')
     const view = new Uint8Array(buffer).fill(1)
     expect(native.release(address)).toBe(0)
     expect(view[0]).toBe(0)
@@ -178,7 +178,7 @@ describe('finalizers', () => {
       const fd = native.memfd('collect', 4096, 0)
       let all = []
       let result
-      while (typeof (result = native.mapFile(fd, 0, 4096, 0, 4096)) !== 'number') all.push(result)
+      while (typeof (result = native.mapFile(fd, 0, 4096, 0, 4096, true)) !== 'number') all.push(result)
       console.log(all.length, result)
       const worker = new Worker("import { workerData, parentPort } from 'node:worker_threads'; parentPort.on('message', () => process.exit()); parentPort.postMessage(workerData.length)", { eval: true, workerData: all.map(m => m.buffer) })
       await new Promise(resolve => worker.once('message', resolve))
@@ -190,7 +190,7 @@ describe('finalizers', () => {
       worker.postMessage(0)
       await exited
       await support.until('collection', () => { gc(); return native.faults(address) === -${EINVAL} })
-      console.log(during, typeof native.mapFile(fd, 0, 4096, 0, 4096))
+      console.log(during, typeof native.mapFile(fd, 0, 4096, 0, 4096, true))
     `,
       ['--expose-gc']
     )

@@ -48,7 +48,7 @@ export function fdOf(result: number, what: string): number {
 }
 
 export function mapped(fd: number, offset: number, length: number): NativeMapping {
-  return must(native.mapFile(fd, offset, length, 0, length), 'mapFile')
+  return must(native.mapFile(fd, offset, length, 0, length, true), 'mapFile')
 }
 
 export function allocated(length: number): NativeMapping {

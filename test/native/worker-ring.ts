@@ -12,7 +12,7 @@ if (after === 'churn') {
     native.createWatcher(() => {}).add(event, 1)
     native.createWatcher(() => {}).close()
     native.allocate(4096)
-    native.mapFile(native.memfd('churn', 4096, 0), 0, 4096, 0, 4096)
+    native.mapFile(native.memfd('churn', 4096, 0), 0, 4096, 0, 4096, true)
     native.fdInfo(event, new Float64Array(8))
     other.push({ op: OP.POLL_ADD, data: 1, fd: event, length: 1, extra: 1 })
     other.enter(1, 1)
