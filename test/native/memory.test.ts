@@ -205,7 +205,7 @@ describe('finalizers', () => {
       const worker = new Worker(${JSON.stringify(`
         import { parentPort, workerData } from 'node:worker_threads'
         const { native } = await import(workerData)
-        const m = native.mapFile(native.memfd('w', 4096, 0), 0, 4096, 0, 4096)
+        const m = native.mapFile(native.memfd('w', 4096, 0), 0, 4096, 0, 4096, true)
         new Uint8Array(m.buffer)[0] = 77
         parentPort.postMessage(m)
       `)}, { eval: true, workerData: ${JSON.stringify(new URL('../../src/native.ts', import.meta.url).href)} })
