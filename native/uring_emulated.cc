@@ -185,6 +185,12 @@ EmulatedRing::Outcome EmulatedRing::Execute(const struct io_uring_sqe& sqe) {
 
 EmulatedRing::Outcome EmulatedRing::Transfer(const struct io_uring_sqe& sqe, bool write, const struct iovec* vectors,
                                              int count) {
+  if (write && sqe.off == UINT64_MAX) {
+    // A write without a position is to an eventfd, and its other owner may have made it blocking: one that is full must
+    // not hold this thread.
+    struct pollfd ready = {sqe.fd, POLLOUT, 0};
+    if (poll(&ready, 1, 0) == 0) return {-EAGAIN, true};
+  }
   auto transfer = [&](off_t offset) {
     int flags = static_cast<int>(sqe.rw_flags);
     return write ? pwritev2(sqe.fd, vectors, count, offset, flags) : preadv2(sqe.fd, vectors, count, offset, flags);

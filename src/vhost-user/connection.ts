@@ -17,7 +17,7 @@ import {
 const EAGAIN = -11
 const ECONNRESET = -104
 const MSG_CTRUNC = 8
-/** Room for fds of one recvmsg: more than any request may carry, so that a request with too many is seen as such. */
+/** Room for fds of one message: more than any request may carry, so that a request with too many is seen as such. */
 const FD_ROOM = 64
 
 /** A received message. The fds that `take` did not hand over are closed by `dispose`. */
@@ -147,7 +147,8 @@ export class Connection implements Disposable {
         throw systemError(received, 'recvmsg', 'cannot read from the front-end')
       const count = this.#received[0]!
       for (let i = 0; i < count; i++) fds.push(this.#received[2 + i]!)
-      if ((this.#received[1]! & MSG_CTRUNC) !== 0)
+      // Of the whole message: it may come byte by byte, with fds on each.
+      if ((this.#received[1]! & MSG_CTRUNC) !== 0 || fds.length > FD_ROOM)
         throw new ProtocolError('ERR_PROTOCOL_FDS', 'more file descriptors than a message can carry')
       if (received <= 0) {
         if (filled > 0 || fds.length > 0)

@@ -15,12 +15,15 @@ const SOCKET_MODE = 0o660
 export class Listener implements Disposable {
   readonly #fd: number
   readonly #path: string | undefined
+  /** The socket file that `bind` made. */
+  readonly #inode: number | undefined
   readonly #readiness: Readiness
   #closed = false
 
   private constructor(fd: number, path: string | undefined) {
     this.#fd = fd
     this.#path = path
+    this.#inode = path === undefined ? undefined : inode(path)
     this.#readiness = new Readiness(fd)
   }
 
@@ -61,13 +64,8 @@ export class Listener implements Disposable {
     this.#closed = true
     this.#readiness.dispose()
     native.close(this.#fd)
-    if (this.#path !== undefined) {
-      try {
-        unlinkSync(this.#path)
-      } catch {
-        // Somebody removed it before us.
-      }
-    }
+    // Unless somebody removed it before us, and perhaps listens there now.
+    if (this.#path !== undefined && inode(this.#path) === this.#inode) unlinkSync(this.#path)
   }
 }
 
@@ -79,6 +77,10 @@ export function connectedSocket(fd: number): Connection | undefined {
   const kind = native.socketKind(fd)
   if (kind < 0) throw systemError(kind, 'getsockopt', `fd ${fd} is no unix stream socket`)
   return kind === 1 ? undefined : new Connection(fd)
+}
+
+function inode(path: string): number | undefined {
+  return lstatSync(path, { throwIfNoEntry: false })?.ino
 }
 
 /** A socket that nobody listens on. Connecting to a regular file is refused as well, and that must never be removed. */

@@ -161,7 +161,7 @@ export class Session {
 
   // ---- features
 
-  setFeatures(features: bigint): void {
+  async setFeatures(features: bigint): Promise<void> {
     const extra = features & ~this.host.features
     if (extra !== 0n) throw new ProtocolError('ERR_PROTOCOL_FEATURES', `bits 0x${extra.toString(16)} were not offered`)
     if (features !== this.#features && this.rings.some((ring) => ring.started)) {
@@ -169,6 +169,7 @@ export class Session {
     }
     this.#features = features
     this.host.negotiated(features)
+    for (const ring of this.rings) await this.#startIfReady(ring)
   }
 
   get offeredProtocolFeatures(): bigint {
@@ -231,7 +232,7 @@ export class Session {
     return ring
   }
 
-  setVringNum(index: number, size: number): void {
+  async setVringNum(index: number, size: number): Promise<void> {
     const ring = this.#stopped(index, 'its size')
     if (size === 0 || (size & (size - 1)) !== 0 || size > this.host.maxQueueSize) {
       throw new ProtocolError(
@@ -240,6 +241,7 @@ export class Session {
       )
     }
     ring.size = size
+    await this.#startIfReady(ring)
   }
 
   setVringBase(index: number, base: number): void {

@@ -1,7 +1,7 @@
 /**
- * A back-end under test as a child process: it is started on a temporary socket and image, watched from outside by /proc, and
- * stopped by SIGTERM. The front-end of the tests blocks its thread, so nothing here needs the event loop but `stop`; the child
- * logs to a file, since a pipe that nobody empties would block it.
+ * A back-end under test as a child process: it is started on a temporary socket and image, watched from outside by
+ * /proc, and stopped by SIGTERM. The front-end of the tests blocks its thread, so nothing here needs the event
+ * loop but `stop`; the child logs to a file, since a pipe that nobody empties would block it.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import {
@@ -22,8 +22,8 @@ import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll } from 'vitest'
 import { BlkDriver } from '../../src/frontend/blk.ts'
 import type { Connection } from '../../src/frontend/connection.ts'
-import { Session, type SessionOptions } from '../../src/frontend/session.ts'
 import { layouts } from '../../src/frontend/memory.ts'
+import { Session, type SessionOptions } from '../../src/frontend/session.ts'
 import { sleepMs } from '../../src/frontend/virtqueue.ts'
 import { findCommand } from '../setup/prerequisites.ts'
 
@@ -32,7 +32,10 @@ const checkout = fileURLToPath(new URL('../..', import.meta.url))
 /** How long a back-end has to put things back, in milliseconds. */
 const SETTLE_MS = 2000
 
-/** `virtiod`: on io_uring. `emulated`: virtiod on plain system calls. `qsd`: qemu-storage-daemon, a check of the tests. */
+/**
+ * `virtiod`: on io_uring. `emulated`: virtiod on plain system calls. `qsd`: qemu-storage-daemon, a check of the
+ * tests.
+ */
 export type Kind = 'virtiod' | 'emulated' | 'qsd'
 
 export interface BackendOptions {
@@ -55,7 +58,10 @@ export function eventually(condition: () => boolean, ms = SETTLE_MS): boolean {
   return true
 }
 
-/** Why qemu-storage-daemon cannot be compared with, or undefined. Said aloud: a test that did not run must not look like one that passed. */
+/**
+ * Why qemu-storage-daemon cannot be compared with, or undefined. Said aloud: a test that did not run must not
+ * look like one that passed.
+ */
 export function whyNoQsd(): string | undefined {
   if (findCommand('qemu-storage-daemon') !== undefined) return undefined
   const reason = 'qemu-storage-daemon is not installed (Debian: apt-get install qemu-system-common)'
@@ -78,7 +84,9 @@ export function openFds(pid: number): string[] {
 
 /** How many memfds of a front-end the process has mapped. */
 export function memfdMappings(pid: number): number {
-  return readFileSync(`/proc/${pid}/maps`, 'utf8').split('\n').filter((line) => line.includes('/memfd:')).length
+  return readFileSync(`/proc/${pid}/maps`, 'utf8')
+    .split('\n')
+    .filter((line) => line.includes('/memfd:')).length
 }
 
 /** Whether a process runs (a zombie does not). */
@@ -89,6 +97,12 @@ export function isAlive(pid: number): boolean {
     return false
   }
 }
+
+// A test that fails halfway must not leave a daemon behind.
+const running = new Set<ChildProcess>()
+process.once('exit', () => {
+  for (const child of running) child.kill('SIGKILL')
+})
 
 export class Backend implements AsyncDisposable {
   readonly directory = mkdtempSync(join(tmpdir(), 'virtiod-vu-'))
@@ -121,25 +135,23 @@ export class Backend implements AsyncDisposable {
       env: { ...process.env, VIRTIOD_IO_URING: kind === 'emulated' ? 'off' : 'on' },
     })
     closeSync(log)
+    running.add(this.process)
+    this.process.once('exit', () => running.delete(this.process))
     this.ended = new Promise((resolve) => this.process.once('exit', (code, signal) => resolve({ code, signal })))
   }
 
-  /** Starts it, waits until it serves, and lets one session come and go: what is open then is what must be open after every test. */
+  /**
+   * Starts it, waits until it serves, and lets one session come and go: what is open then is what must be open
+   * after every test.
+   */
   static start(options: BackendOptions = {}): Backend {
     const backend = new Backend(options)
-    const ready = (): boolean =>
-      backend.kind === 'qsd' ? existsSync(backend.socket) : backend.log.includes('"msg":"ready"') || !backend.alive
-    if (!eventually(ready, 10_000) || !backend.alive) {
-      backend.process.kill('SIGKILL')
-      throw new Error(`${backend.kind} does not start:\n${backend.log}`)
+    try {
+      backend.#waitUntilServing()
+    } catch (error) {
+      backend.discard()
+      throw error
     }
-    for (const socket of backend.sockets) {
-      wellBehaved(socket)
-      wellBehaved(socket)
-    }
-    eventually(() => memfdMappings(backend.pid) === 0)
-    sleepMs(20)
-    backend.#baseline = openFds(backend.pid)
     return backend
   }
 
@@ -177,8 +189,8 @@ export class Backend implements AsyncDisposable {
   }
 
   /**
-   * What must hold after every test: it lives, a well-behaved front-end is served on every socket, and nothing that a session had is left:
-   * neither an fd nor a mapping.
+   * What must hold after every test: it lives, a well-behaved front-end is served on every socket, and nothing
+   * that a session had is left: neither an fd nor a mapping.
    */
   mustBeUnharmed(): void {
     if (!this.alive) throw new Error(`${this.kind} died:\n${this.log.slice(-3000)}`)
@@ -188,7 +200,9 @@ export class Backend implements AsyncDisposable {
     for (const fd of this.#baseline) if (left.includes(fd)) left.splice(left.indexOf(fd), 1)
     // What is lost once would fail every test that comes after.
     this.#baseline = this.fds
-    throw new Error(`left open: ${left.join(', ') || 'fewer fds than before'}; ${this.mappings} mappings of guest memory`)
+    throw new Error(
+      `left open: ${left.join(', ') || 'fewer fds than before'}; ${this.mappings} mappings of guest memory`
+    )
   }
 
   /** SIGTERM: it must end with 0 and take its sockets along. */
@@ -218,13 +232,28 @@ export class Backend implements AsyncDisposable {
     rmSync(this.directory, { recursive: true, force: true })
   }
 
+  #waitUntilServing(): void {
+    const ready = (): boolean =>
+      this.kind === 'qsd' ? existsSync(this.socket) : this.log.includes('"msg":"ready"') || !this.alive
+    if (!eventually(ready, 10_000) || !this.alive) throw new Error(`${this.kind} does not start:\n${this.log}`)
+    for (const socket of this.sockets) {
+      wellBehaved(socket)
+      wellBehaved(socket)
+    }
+    eventually(() => memfdMappings(this.pid) === 0)
+    sleepMs(20)
+    this.#baseline = openFds(this.pid)
+  }
+
   #commandLine(queues: number, extra: readonly string[]): [string, string[]] {
     if (this.kind === 'qsd') {
       return [
         'qemu-storage-daemon',
         [
-          '--object', 'iothread,id=t0',
-          '--blockdev', `driver=file,node-name=disk,filename=${this.image},locking=off`,
+          '--object',
+          'iothread,id=t0',
+          '--blockdev',
+          `driver=file,node-name=disk,filename=${this.image},locking=off`,
           '--export',
           `type=vhost-user-blk,id=e0,node-name=disk,addr.type=unix,addr.path=${this.socket},writable=on,` +
             `num-queues=${queues},iothread=t0`,
@@ -246,8 +275,8 @@ export class Backend implements AsyncDisposable {
 }
 
 /**
- * One back-end for the tests of a file. After each test it must be unharmed; one that is not is replaced, so that its failure does not
- * fail the tests after it, and at the end it must stop as it should.
+ * One back-end for the tests of a file. After each test it must be unharmed; one that is not is replaced, so that
+ * its failure does not fail the tests after it, and at the end it must stop as it should.
  */
 export function backendForFile(options: BackendOptions = {}): () => Backend {
   let backend: Backend | undefined
@@ -302,7 +331,8 @@ export function mustServe(blk: BlkDriver, sector = 8): void {
   const data = pattern(4096)
   blk.write(sector, data)
   blk.flush()
-  if (Buffer.compare(blk.read(sector, data.length), data) !== 0) throw new Error(`sector ${sector} reads other than it was written`)
+  if (Buffer.compare(blk.read(sector, data.length), data) !== 0)
+    throw new Error(`sector ${sector} reads other than it was written`)
 }
 
 /** A whole session as it should be, from connect to disconnect. */
