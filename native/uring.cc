@@ -54,48 +54,50 @@ static int64_t Copy(const struct iovec* vectors, int count, const char* source) 
   return copied;
 }
 
-bool Ring::MajorFaulted() {
+/** Whether this thread waited for a page from the disk since the last call (copies), or slept at all (writes). */
+bool Ring::Waited(bool copy) {
   struct rusage usage;
   if (getrusage(RUSAGE_THREAD, &usage) < 0) return true;
-  bool changed = usage.ru_majflt != majorFaults_;
+  bool waited = copy ? usage.ru_majflt != majorFaults_ : usage.ru_nvcsw != switches_;
   majorFaults_ = usage.ru_majflt;
-  return changed;
+  switches_ = usage.ru_nvcsw;
+  return waited;
 }
 
 int Ring::RunDirect() {
-  // A copy from the page cache runs at a gigabyte per second at least; one that took longer by this has waited: for the
-  // disk, or only for its processor.
-  constexpr int64_t kWaited = 50000;
+  // A copy from or to the page cache runs at a gigabyte per second at least; what took longer by this has waited: for the
+  // disk, or only for its processor, which rusage tells apart.
+  constexpr int64_t kSlowCopy = 50000;
+  constexpr int64_t kSlowWrite = 1000000;
   unsigned start = std::min(static_cast<unsigned>(arguments()->directStart), kDirectEntries);
   unsigned count = std::min(static_cast<unsigned>(arguments()->directCount), kDirectEntries - start);
   uint32_t faults = FaultTotal();
-  bool refuse = false;
+  bool refuseCopies = false;
+  bool refuseWrites = false;
+  int32_t& waited = arguments()->waited;
+  waited = 0;
   int64_t before = Nanoseconds();
-  arguments()->slowCopy = 0;
   for (unsigned i = start; i < start + count; i++) {
     struct io_uring_sqe& sqe = static_cast<struct io_uring_sqe*>(direct->base())[i];
     bool vectored = sqe.opcode == IORING_OP_WRITEV || sqe.opcode == IORING_OP_READV;
+    bool write = sqe.opcode == IORING_OP_WRITE || sqe.opcode == IORING_OP_WRITEV;
     // SAFETY: as for entries of the submission queue the addresses are the caller's promise: inside guest memory, and for
     // a copy (READ, READV) `off` inside a mapping that it holds. What is missing under them is the SIGBUS guard's.
     struct iovec one = {reinterpret_cast<void*>(sqe.addr), sqe.len};
     const struct iovec* vectors = vectored ? reinterpret_cast<const struct iovec*>(sqe.addr) : &one;
     int vectorCount = vectored ? static_cast<int>(sqe.len) : 1;
-    int64_t result;
-    if (sqe.opcode == IORING_OP_WRITE || sqe.opcode == IORING_OP_WRITEV) {
-      result = pwritev(sqe.fd, vectors, vectorCount, static_cast<off_t>(sqe.off));
+    int64_t result = -EAGAIN;
+    if (write ? !refuseWrites : !refuseCopies) {
+      result = write ? pwritev(sqe.fd, vectors, vectorCount, static_cast<off_t>(sqe.off))
+                     : Copy(vectors, vectorCount, reinterpret_cast<const char*>(sqe.off));
       if (result < 0) result = -errno;
-      before = Nanoseconds();
-    } else if (refuse) {
-      result = -EAGAIN;
-    } else {
-      result = Copy(vectors, vectorCount, reinterpret_cast<const char*>(sqe.off));
       int64_t after = Nanoseconds();
-      if (FaultTotal() != faults) {
+      if (!write && FaultTotal() != faults) {
         result = -EFAULT;
-        refuse = true;
-      } else if (after - before > kWaited + result && MajorFaulted()) {
-        refuse = true;
-        arguments()->slowCopy = 1;
+        refuseCopies = true;
+      } else if (after - before > (write ? kSlowWrite : kSlowCopy) + result && Waited(!write)) {
+        (write ? refuseWrites : refuseCopies) = true;
+        waited |= write ? kWriteWaited : kCopyWaited;
       }
       before = after;
     }

@@ -57,8 +57,11 @@ struct Control {
   int32_t timeoutMicroseconds;
   int32_t directStart;  // the direct entries to run in this call: [directStart, directStart + directCount)
   int32_t directCount;
-  int32_t slowCopy;  // set when a copy out of a mapping took so long that it must have waited for the disk
+  int32_t waited;  // kCopyWaited, kWriteWaited: what had to wait, so that those behind it were refused with -EAGAIN
 };
+
+constexpr int32_t kCopyWaited = 1;
+constexpr int32_t kWriteWaited = 2;
 
 constexpr unsigned kDirectEntries = 256;
 
@@ -87,14 +90,14 @@ class Ring {
 
  private:
   long majorFaults_ = 0;
+  long switches_ = 0;
 
  protected:
   /** Makes the control block and the direct entries; false and errno. */
   bool AllocateControl();
   /** Runs the direct entries that the control block names. Returns how many there were. */
   int RunDirect();
-  /** Whether this thread waited for the disk in a page fault since the last call. */
-  bool MajorFaulted();
+  bool Waited(bool copy);
   /** Lays anonymous memory over the regions and gives our references to them back. */
   void CloseMemory();
 

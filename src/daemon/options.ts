@@ -11,6 +11,12 @@ export const MAX_SOCKET_PATH = 107
 
 export const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
 
+/**
+ * Twice QEMU's: the round trip to an interrupt-driven driver and back takes 25 µs of waking it, and with 32 a sleep of our
+ * own on top (47 µs) makes that look like not worth polling. 64 instead of 32: 62 k IOPS instead of 18 k at depth 1.
+ */
+const DEFAULT_POLL_MAX_US = 64
+
 /** Options of the process: flags of every serving command and the top level of a configuration file. */
 export const daemonOptions = v.strictObject({
   iothreads: v.optional(
@@ -46,7 +52,7 @@ export const daemonOptions = v.strictObject({
       v.description('The longest that an iothread polls for work before it sleeps, in microseconds; 0 = never polls'),
       v.metadata({ placeholder: 'N' })
     ),
-    32
+    DEFAULT_POLL_MAX_US
   ),
   metrics: v.exactOptional(
     v.pipe(

@@ -12,13 +12,7 @@ import type { NativeRing } from '../native.ts'
 /** Entries that the addon has. */
 const ENTRIES = 256
 const ENTRY_WORDS = 16
-/**
- * A batch of writes that takes longer than this, beside its copying, has blocked: on dirty-page throttling or a
- * journal.
- */
-const WRITE_BLOCKED_MS = 3
-const BYTES_PER_MS = 256 * 1024
-/** How long writes are left to the kernel's workers then. */
+/** How long writes are left to the kernel's workers after one had to wait: dirty-page throttling goes on for a while. */
 const WRITE_PAUSE_MS = 1000
 /**
  * How long reads are left to io_uring after a copy waited for the disk: doubled each time that it happens at once
@@ -35,15 +29,15 @@ const EAGAIN = -11
 /** Words of the ring's control block, see NativeRing.direct. */
 const CONTROL_START = 4
 const CONTROL_COUNT = 5
-const CONTROL_SLOW = 6
+const CONTROL_WAITED = 6
+const COPY_WAITED = 1
+const WRITE_WAITED = 2
 
 export class DirectEntries {
   // Entries [0, #reaped) are reported, up to #run executed, up to #tail prepared.
   #reaped = 0
   #run = 0
   #tail = 0
-  /** Bytes of the writes that are prepared. */
-  #bytes = 0
   /** Copies that are prepared, and those since one last waited. */
   #copies = 0
   #copied = 0
@@ -91,18 +85,8 @@ export class DirectEntries {
     return true
   }
 
-  /** A write of `bytes` at `offset` of `fd`. @param length bytes at `address`, or vectors there */
-  write(
-    opcode: number,
-    fd: number,
-    offset: number,
-    address: number,
-    length: number,
-    bytes: number,
-    low: number,
-    high: number
-  ): void {
-    this.#bytes += bytes
+  /** A write at `offset` of `fd`. @param length bytes at `address`, or vectors there */
+  write(opcode: number, fd: number, offset: number, address: number, length: number, low: number, high: number): void {
     this.#prepare(opcode, fd, offset, address, length, low, high)
   }
 
@@ -115,22 +99,16 @@ export class DirectEntries {
   /** Makes `enter` execute what is prepared, and looks how that went. Returns what `enter` returned. */
   execute(enter: () => number): number {
     const control = this.#control
-    const start = performance.now()
     control[CONTROL_START] = this.#run
     control[CONTROL_COUNT] = this.#tail - this.#run
     const result = enter()
     control[CONTROL_COUNT] = 0
     this.#run = this.#tail
-    if (this.#bytes > 0) {
-      const now = performance.now()
-      if (now - start > WRITE_BLOCKED_MS + this.#bytes / BYTES_PER_MS) this.#writePause = now + WRITE_PAUSE_MS
-      this.#bytes = 0
-    }
-    if (this.#copies > 0) {
-      this.#copied += this.#copies
-      this.#copies = 0
-      if (control[CONTROL_SLOW] !== 0) this.#pauseCopies()
-    }
+    this.#copied += this.#copies
+    this.#copies = 0
+    const waited = control[CONTROL_WAITED]!
+    if ((waited & WRITE_WAITED) !== 0) this.#writePause = performance.now() + WRITE_PAUSE_MS
+    if ((waited & COPY_WAITED) !== 0) this.#pauseCopies()
     return result
   }
 

@@ -72,7 +72,7 @@ export class Io implements DeviceIo {
       )
     else {
       this.#vectors(chain, count, length)
-      this.#ring.writeVector(file.fd, file.slot, offset, count, length, writeKind(file, dsync), user, this.#tag)
+      this.#ring.writeVector(file.fd, file.slot, offset, count, writeKind(file, dsync), user, this.#tag)
     }
   }
 

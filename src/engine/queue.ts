@@ -26,10 +26,10 @@ const EALREADY = -114
 const ECANCELED = -125
 
 /**
- * Chains popped before others get their turn; also how much work one io_uring_enter gets, so that the driver works on
- * the first results while we do the next.
+ * Chains popped before others get their turn; also how much work one native call gets, so that the driver works on the
+ * first results while we do the next: with 64 an interrupt-driven one at depth 32 got 490 k IOPS, with 16 it gets 730 k.
  */
-const BATCH = 64
+const BATCH = 16
 
 /** What a queue needs of its iothread. */
 export interface QueueOwner {

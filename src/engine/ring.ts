@@ -279,7 +279,7 @@ export class IoRing {
   ): void {
     if (kind === WRITE_BUFFERED && this.#direct.takesWrites()) {
       this.inFlight++
-      this.#direct.write(IORING_OP_WRITE, fd, offset, address, length, length, low, high)
+      this.#direct.write(IORING_OP_WRITE, fd, offset, address, length, low, high)
     } else
       this.#prepare(IORING_OP_WRITE, fd, slot, offset, address, length, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }
@@ -307,21 +307,11 @@ export class IoRing {
     this.#prepare(IORING_OP_READV, fd, slot, offset, vectors, count, 0, low, high)
   }
 
-  /** @param bytes the sum of the vectors' lengths */
-  writeVector(
-    fd: number,
-    slot: number,
-    offset: number,
-    count: number,
-    bytes: number,
-    kind: number,
-    low: number,
-    high: number
-  ): void {
+  writeVector(fd: number, slot: number, offset: number, count: number, kind: number, low: number, high: number): void {
     const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
     if (kind === WRITE_BUFFERED && this.#direct.takesWrites()) {
       this.inFlight++
-      this.#direct.write(IORING_OP_WRITEV, fd, offset, vectors, count, bytes, low, high)
+      this.#direct.write(IORING_OP_WRITEV, fd, offset, vectors, count, low, high)
     } else
       this.#prepare(IORING_OP_WRITEV, fd, slot, offset, vectors, count, kind === WRITE_DSYNC ? RWF_DSYNC : 0, low, high)
   }

@@ -30,7 +30,7 @@ function only(config: DaemonConfig): { name: string; options: BlkOptions; socket
 describe('flags', () => {
   test('the least', () => {
     const config = configFromFlags(blk, { 'socket-path': 's', 'blk-file': 'f' })
-    expect(config).toMatchObject({ logLevel: 'info', iothreads: 1, pollMaxUs: 32 })
+    expect(config).toMatchObject({ logLevel: 'info', iothreads: 1, pollMaxUs: 64 })
     expect(config.metrics).toBeUndefined()
     expect(config.iothreadCpus).toBeUndefined()
     expect(only(config)).toEqual({

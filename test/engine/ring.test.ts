@@ -132,7 +132,7 @@ describe.each([
         ring.beginVectors(2)
         ring.vector(address + i, 1)
         ring.vector(address + i + 1, 2)
-        ring.writeVector(fd, -1, i * 3, 2, 3, kind, i, 6)
+        ring.writeVector(fd, -1, i * 3, 2, kind, i, 6)
       }
       expected.set(bytes.subarray(i, i + 3), i * 3)
     }
@@ -315,7 +315,7 @@ describe.each([
     ring.beginVectors(2)
     ring.vector(address + 100, 2)
     ring.vector(address + 200, 3)
-    ring.writeVector(fd, -1, 2000, 2, 5, WRITE_DSYNC, 9, 9)
+    ring.writeVector(fd, -1, 2000, 2, WRITE_DSYNC, 9, 9)
     finish()
     expect(sink.seen.at(-1)).toEqual({ low: 9, high: 9, result: 5, flags: 0 })
     const back = allocate(4096)
