@@ -263,8 +263,6 @@ static Napi::Value MapFile(const Napi::CallbackInfo& info) {
   // Advice only: a kernel without it still maps the memory.
   madvise(base, length, MADV_DONTDUMP);
   madvise(base, length, MADV_DONTFORK);
-  // An image is read where the guest likes: a fault brings its page, not those around it from the disk.
-  if (!writable) madvise(base, length, MADV_RANDOM);
   return Publish(info, base, length, static_cast<size_t>(dataOffset), static_cast<size_t>(dataLength), true);
 }
 

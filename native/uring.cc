@@ -44,21 +44,25 @@ static int64_t Nanoseconds() {
   return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/** Copies from mapped memory, which is what a page fault or the SIGBUS guard may happen in. Returns the bytes. */
-static int64_t Copy(const struct iovec* vectors, int count, const char* source) {
+/** Copies out of or into a mapped file, where a page fault waits or the SIGBUS guard steps in. Returns the bytes. */
+static int64_t Copy(const struct iovec* vectors, int count, char* mapped, bool write) {
   int64_t copied = 0;
   for (int i = 0; i < count; i++) {
-    memcpy(vectors[i].iov_base, source + copied, vectors[i].iov_len);
+    if (write) {
+      memcpy(mapped + copied, vectors[i].iov_base, vectors[i].iov_len);
+    } else {
+      memcpy(vectors[i].iov_base, mapped + copied, vectors[i].iov_len);
+    }
     copied += static_cast<int64_t>(vectors[i].iov_len);
   }
   return copied;
 }
 
-/** Whether this thread waited for a page from the disk since the last call (copies), or slept at all (writes). */
-bool Ring::Waited(bool copy) {
+/** Whether this thread read a page from the disk since the last call, or, when that counts, slept for any reason. */
+bool Ring::Waited(bool sleepCounts) {
   struct rusage usage;
   if (getrusage(RUSAGE_THREAD, &usage) < 0) return true;
-  bool waited = copy ? usage.ru_majflt != majorFaults_ : usage.ru_nvcsw != switches_;
+  bool waited = usage.ru_majflt != majorFaults_ || (sleepCounts && usage.ru_nvcsw != switches_);
   majorFaults_ = usage.ru_majflt;
   switches_ = usage.ru_nvcsw;
   return waited;
@@ -81,23 +85,24 @@ int Ring::RunDirect() {
     struct io_uring_sqe& sqe = static_cast<struct io_uring_sqe*>(direct->base())[i];
     bool vectored = sqe.opcode == IORING_OP_WRITEV || sqe.opcode == IORING_OP_READV;
     bool write = sqe.opcode == IORING_OP_WRITE || sqe.opcode == IORING_OP_WRITEV;
+    bool copy = !write || sqe.fd < 0;
     // SAFETY: as for entries of the submission queue the addresses are the caller's promise: inside guest memory, and for
-    // a copy (READ, READV) `off` inside a mapping that it holds. What is missing under them is the SIGBUS guard's.
+    // a copy `off` inside a mapping that it holds. What is missing under them is the SIGBUS guard's.
     struct iovec one = {reinterpret_cast<void*>(sqe.addr), sqe.len};
     const struct iovec* vectors = vectored ? reinterpret_cast<const struct iovec*>(sqe.addr) : &one;
     int vectorCount = vectored ? static_cast<int>(sqe.len) : 1;
     int64_t result = -EAGAIN;
-    if (write ? !refuseWrites : !refuseCopies) {
-      result = write ? pwritev(sqe.fd, vectors, vectorCount, static_cast<off_t>(sqe.off))
-                     : Copy(vectors, vectorCount, reinterpret_cast<const char*>(sqe.off));
+    if (copy ? !refuseCopies : !refuseWrites) {
+      result = copy ? Copy(vectors, vectorCount, reinterpret_cast<char*>(sqe.off), write)
+                    : pwritev(sqe.fd, vectors, vectorCount, static_cast<off_t>(sqe.off));
       if (result < 0) result = -errno;
       int64_t after = Nanoseconds();
-      if (!write && FaultTotal() != faults) {
+      if (copy && FaultTotal() != faults) {
         result = -EFAULT;
         refuseCopies = true;
-      } else if (after - before > (write ? kSlowWrite : kSlowCopy) + result && Waited(!write)) {
-        (write ? refuseWrites : refuseCopies) = true;
-        waited |= write ? kWriteWaited : kCopyWaited;
+      } else if (after - before > (copy ? kSlowCopy : kSlowWrite) + result && Waited(write)) {
+        (copy ? refuseCopies : refuseWrites) = true;
+        waited |= copy ? kCopyWaited : kWriteWaited;
       }
       before = after;
     }

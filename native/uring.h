@@ -97,7 +97,7 @@ class Ring {
   bool AllocateControl();
   /** Runs the direct entries that the control block names. Returns how many there were. */
   int RunDirect();
-  bool Waited(bool copy);
+  bool Waited(bool sleepCounts);
   /** Lays anonymous memory over the regions and gives our references to them back. */
   void CloseMemory();
 

@@ -54,11 +54,11 @@ export interface NativeRing {
   readonly control: SharedArrayBuffer
   /**
    * Entries that `enter` runs at once, behind the submission and without waiting for anything else: 256, laid out as
-   * submission entries, named by words 4 (first) and 5 (count) of `control`. WRITE and WRITEV are pwritev(2); READ and
-   * READV copy from the address in the offset's place, which lies in a mapping that the caller holds. The last word of
-   * an entry takes its result: bytes or -errno. Word 6 of `control` tells what had to wait: 1 = a copy for a page from
-   * the disk, 2 = a write for throttling or a journal; those of the kind behind it are refused with -EAGAIN. A copy that
-   * the SIGBUS guard caught is -EFAULT. With direct entries io_uring is entered only when there is something to submit
+   * submission entries, named by words 4 (first) and 5 (count) of `control`. WRITE and WRITEV are pwritev(2). READ and
+   * READV, and WRITE and WRITEV with an fd of -1, copy from or to the address in the offset's place, which lies in a
+   * mapping that the caller holds. The last word of an entry takes its result: bytes or -errno. Word 6 of `control` tells
+   * what had to wait, for the disk, throttling or a journal: 1 = a copy, 2 = a write; those of the kind behind it are
+   * refused with -EAGAIN. A copy that the SIGBUS guard caught is -EFAULT. With direct entries io_uring is entered only when there is something to submit
    * or `flags` has IORING_ENTER_GETEVENTS.
    */
   readonly direct: SharedArrayBuffer

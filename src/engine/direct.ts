@@ -1,10 +1,11 @@
 /**
- * I/O that needs no waiting, done in the batch's one native call beside io_uring: writes into the page cache by
- * pwritev, and reads of pages that are in it already by copying out of a mapping of the file. Both are taken only
- * while they don't block, which is found out by trying: when one does, io_uring does them all for a while.
+ * I/O that needs no waiting, done in the batch's one native call beside io_uring: buffered writes by pwritev, and copies out
+ * of and into a mapping of the file, of pages that are in the page cache already. All of it only while it doesn't
+ * block, which is found out by trying: when something does, io_uring does that kind for a while. (What can't be found
+ * out: a file system that is frozen for a snapshot stops the iothread until it is thawed.)
  *
- * Why: io_uring hands every buffered write on ext4 to a kernel worker (9–15 µs of CPU per 4 KiB against 4.5), and a
- * read of a cached page costs 1.4–1.7 µs in the kernel, of which the copy is 0.7 (4 KiB random, one 1 GiB file, in C
+ * Why: io_uring hands every buffered write on ext4 to a kernel worker (9–15 µs of CPU per 4 KiB against 2.5 by pwritev),
+ * and a read of a cached page costs 1.4–1.7 µs in the kernel, of which the copy is 0.7 (4 KiB random, one 1 GiB file, in C
  * as here).
  */
 import type { NativeRing } from '../native.ts'
@@ -76,7 +77,7 @@ export class DirectEntries {
     return true
   }
 
-  /** Whether a read of a mapped file may be prepared here. */
+  /** Whether a copy may be prepared here. */
   takesCopies(): boolean {
     if (this.#tail === ENTRIES) return false
     if (this.#copyPause === 0) return true
@@ -90,10 +91,10 @@ export class DirectEntries {
     this.#prepare(opcode, fd, offset, address, length, low, high)
   }
 
-  /** A copy from `source`, inside a mapping. @param length bytes at `address`, or vectors there */
-  copy(opcode: number, source: number, address: number, length: number, low: number, high: number): void {
+  /** A copy out of (READ, READV) or into (WRITE, WRITEV) `mapped`. @param length bytes at `address`, or vectors there */
+  copy(opcode: number, mapped: number, address: number, length: number, low: number, high: number): void {
     this.#copies++
-    this.#prepare(opcode, -1, source, address, length, low, high)
+    this.#prepare(opcode, -1, mapped, address, length, low, high)
   }
 
   /** Makes `enter` execute what is prepared, and looks how that went. Returns what `enter` returned. */

@@ -7,6 +7,12 @@ import { native, systemError } from '../native.ts'
 import { type IoRing, MAX_VECTORS, WRITE_BUFFERED, WRITE_DSYNC, WRITE_PLAIN } from './ring.ts'
 import { RingFile } from './ring-file.ts'
 
+/**
+ * Bytes up to which a write is copied into the mapping: 0.8 µs of CPU for 4 KiB into a page that is dirty already, against 2.5
+ * by pwritev; but each clean page costs a fault of its own, which pwritev of many pages does not.
+ */
+const COPIED_WRITE = 16 * 1024
+
 export class Io implements DeviceIo {
   readonly #ring: IoRing
   readonly #queue: number
@@ -41,15 +47,9 @@ export class Io implements DeviceIo {
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void {
     const count = this.#locate(chain, chain.readableCount, chain.count, start, length)
     const user = this.#user(chain)
-    const mapped = file as RingFile
-    if (mapped.faults !== this.#ring.copyFaults) mapped.check(this.#ring.copyFaults)
-    if (offset + length <= mapped.mappedLength && this.#ring.takesCopies()) {
-      if (count === 1) this.#ring.copy(mapped.mappedAddress + offset, this.#address(chain), length, user, this.#tag)
-      else {
-        this.#vectors(chain, count, length)
-        this.#ring.copyVector(mapped.mappedAddress + offset, count, user, this.#tag)
-      }
-    } else if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
+    if (this.#copies(file as RingFile, offset, length))
+      return this.#copy(chain, file, offset, count, length, false, user)
+    if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
     else {
       this.#vectors(chain, count, length)
       this.#ring.readVector(file.fd, file.slot, offset, count, user, this.#tag)
@@ -59,20 +59,18 @@ export class Io implements DeviceIo {
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
     const count = this.#locate(chain, 0, chain.readableCount, start, length)
     const user = this.#user(chain)
-    if (count === 1)
-      this.#ring.write(
-        file.fd,
-        file.slot,
-        offset,
-        this.#address(chain),
-        length,
-        writeKind(file, dsync),
-        user,
-        this.#tag
-      )
+    if (
+      !dsync &&
+      length <= COPIED_WRITE &&
+      (file as RingFile).mappedWritable &&
+      this.#copies(file as RingFile, offset, length)
+    )
+      return this.#copy(chain, file, offset, count, length, true, user)
+    const kind = writeKind(file, dsync)
+    if (count === 1) this.#ring.write(file.fd, file.slot, offset, this.#address(chain), length, kind, user, this.#tag)
     else {
       this.#vectors(chain, count, length)
-      this.#ring.writeVector(file.fd, file.slot, offset, count, writeKind(file, dsync), user, this.#tag)
+      this.#ring.writeVector(file.fd, file.slot, offset, count, kind, user, this.#tag)
     }
   }
 
@@ -100,6 +98,22 @@ export class Io implements DeviceIo {
 
   fallocate(chain: Chain, file: IoFile, mode: number, offset: number, length: number): void {
     this.#ring.fallocate(file.fd, file.slot, mode, offset, length, this.#user(chain), this.#tag)
+  }
+
+  /** Whether [offset, offset + length) of the file is mapped and copies are taken. */
+  #copies(file: RingFile, offset: number, length: number): boolean {
+    const ring = this.#ring
+    if (file.faults !== ring.copyFaults) file.check(ring.copyFaults)
+    return offset + length <= file.mappedLength && ring.takesCopies()
+  }
+
+  #copy(chain: Chain, file: IoFile, offset: number, count: number, length: number, write: boolean, user: number): void {
+    const mapped = (file as RingFile).mappedAddress + offset
+    if (count === 1) this.#ring.copy(write, mapped, this.#address(chain), length, user, this.#tag)
+    else {
+      this.#vectors(chain, count, length)
+      this.#ring.copyVector(write, mapped, count, user, this.#tag)
+    }
   }
 
   #user(chain: Chain): number {

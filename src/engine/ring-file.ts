@@ -9,6 +9,8 @@ import { type NativeMapping, native } from '../native.ts'
 const S_IFMT = 0o170000
 const S_IFREG = 0o100000
 const PAGE = 4096
+/** O_ACCMODE. */
+const ACCESS_MODE = constants.O_RDONLY | constants.O_WRONLY | constants.O_RDWR
 
 /**
  * File systems whose files are mapped: linux/magic.h. On tmpfs a copy out of a hole would allocate memory for it, and
@@ -24,9 +26,11 @@ export class RingFile implements IoFile {
   readonly fd: number
   readonly slot: number
   readonly buffered: boolean
-  /** Where the file is mapped, read only, and how much of it; 0 = it isn't. */
+  /** Where the file is mapped, and how much of it; 0 = it isn't. */
   mappedAddress = 0
   mappedLength = 0
+  /** The file, and so the mapping, is open for writing. */
+  readonly mappedWritable: boolean
   /** SAFETY: holds the mapping at `mappedAddress`: without a reference the garbage collector unmaps it. */
   #mapping: NativeMapping | undefined
 
@@ -40,6 +44,7 @@ export class RingFile implements IoFile {
     const info = new Float64Array(8)
     const examined = native.fdInfo(fd, info) === 0
     this.buffered = examined && (info[0]! & S_IFMT) === S_IFREG && (info[6]! & constants.O_DIRECT) === 0
+    this.mappedWritable = (info[6]! & ACCESS_MODE) === constants.O_RDWR
     if (this.buffered) this.#map(info[1]!)
   }
 
@@ -61,7 +66,7 @@ export class RingFile implements IoFile {
   #map(size: number): void {
     const length = Math.floor(size / PAGE) * PAGE
     if (length === 0 || !MAPPED_FILE_SYSTEMS.has(statfsSync(`/proc/self/fd/${this.fd}`).type)) return
-    const mapping = native.mapFile(this.fd, 0, length, 0, length, false)
+    const mapping = native.mapFile(this.fd, 0, length, 0, length, this.mappedWritable)
     if (typeof mapping === 'number') return
     this.#mapping = mapping
     this.mappedAddress = mapping.address

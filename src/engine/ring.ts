@@ -243,7 +243,7 @@ export class IoRing {
     this.#prepare(IORING_OP_READ, fd, slot, offset, address, length, 0, low, high)
   }
 
-  /** Whether reads of mapped files may be copies now. One that is refused later completes with -EAGAIN. */
+  /** Whether reads and small writes of mapped files may be copies now. One that is refused later completes with -EAGAIN. */
   takesCopies(): boolean {
     return this.#direct.takesCopies()
   }
@@ -253,17 +253,17 @@ export class IoRing {
     return this.#direct.faults
   }
 
-  /** Copies `length` bytes from `source`, inside a mapping. Only after `takesCopies`. */
-  copy(source: number, address: number, length: number, low: number, high: number): void {
+  /** Copies `length` bytes between `mapped`, inside a mapping, and `address`. Only after `takesCopies`. */
+  copy(write: boolean, mapped: number, address: number, length: number, low: number, high: number): void {
     this.inFlight++
-    this.#direct.copy(IORING_OP_READ, source, address, length, low, high)
+    this.#direct.copy(write ? IORING_OP_WRITE : IORING_OP_READ, mapped, address, length, low, high)
   }
 
-  /** Copies into the last `count` vectors. */
-  copyVector(source: number, count: number, low: number, high: number): void {
+  /** Copies between `mapped` and the last `count` vectors. */
+  copyVector(write: boolean, mapped: number, count: number, low: number, high: number): void {
     const vectors = this.#vectorsAddress + (this.#vector - count) * IOVEC_SIZE
     this.inFlight++
-    this.#direct.copy(IORING_OP_READV, source, vectors, count, low, high)
+    this.#direct.copy(write ? IORING_OP_WRITEV : IORING_OP_READV, mapped, vectors, count, low, high)
   }
 
   /** @param kind WRITE_PLAIN, WRITE_DSYNC or WRITE_BUFFERED */

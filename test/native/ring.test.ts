@@ -1,4 +1,14 @@
-import { closeSync, fstatSync, ftruncateSync, mkdtempSync, openSync, readFileSync, rmSync, writeSync } from 'node:fs'
+import {
+  closeSync,
+  fstatSync,
+  ftruncateSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  writeSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest'
@@ -121,6 +131,16 @@ describe.each([
       expect(results(2)).toEqual([4, 4])
       expect([...bytes.subarray(100, 104)]).toEqual([7, 8, 9, 10])
       expect([...bytes.subarray(0, 2), ...bytes.subarray(4096, 4098)]).toEqual([7, 8, 9, 10])
+      // And into it: a write without an fd.
+      bytes.set([1, 2, 3], 200)
+      put(0, OP.WRITE, mapping.address + 8190, memory.address + 200, 3)
+      entries.setInt32(4, -1, true)
+      control.set([0, 0, 0, -1, 0, 1])
+      expect(ring.native.enter()).toBe(0)
+      expect(results(1)).toEqual([3])
+      const back = Buffer.alloc(4)
+      readSync(file, back, 0, 4, 8189)
+      expect([...back]).toEqual([0, 1, 2, 3])
       // The first copy is from what is left; what the guard put under the second must not pass for the file's contents.
       ftruncateSync(file, 4096)
       put(0, OP.READ, mapping.address, memory.address, 4)
