@@ -89,6 +89,8 @@ class Ring {
   Region* direct = nullptr;
 
  private:
+  static constexpr int kLookBatches = 1024;
+  int lookBatches_ = 0;
   long majorFaults_ = 0;
   long switches_ = 0;
 
