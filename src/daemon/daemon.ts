@@ -52,7 +52,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     checkCpus(config.iothreadCpus)
     const daemon = new Daemon(config, log)
     try {
-      for (const device of config.devices) await daemon.#open(device)
+      for (const device of config.devices) await daemon.#open(device, config)
       // The iothreads are still starting (a worker takes 40 ms): front-ends can connect meanwhile, their rings wait
       // for them.
       for (const server of daemon.#servers) server.listen(() => daemon.#served())
@@ -70,7 +70,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     checkCpus(config.iothreadCpus)
     const devices: Device[] = []
     try {
-      for (const device of config.devices) devices.push(await openDevice(device, log, () => {}))
+      for (const device of config.devices) devices.push(await openDevice(device, config, log, () => {}))
     } finally {
       for (const device of devices) device.close()
     }
@@ -130,10 +130,10 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     this.#faults[Symbol.dispose]()
   }
 
-  async #open(config: DeviceConfig): Promise<void> {
+  async #open(config: DeviceConfig, whole: DaemonConfig): Promise<void> {
     const log = this.#log.child({ device: config.name })
     let server: DeviceServer | undefined
-    const device = await openDevice(config, log, () => server?.configChanged())
+    const device = await openDevice(config, whole, log, () => server?.configChanged())
     server = new DeviceServer(config, device, this.#pool, log, this)
     this.#servers.push(server)
   }
@@ -174,13 +174,18 @@ function checkCpus(sets: DaemonConfig['iothreadCpus']): void {
   throw new ConfigError('ERR_IOTHREAD_CPUS', '--iothread-cpus', problem, `It may use ${[...allowed].join(', ')}.`)
 }
 
-async function openDevice(config: DeviceConfig, log: Logger, configChanged: () => void): Promise<Device> {
+async function openDevice(
+  config: DeviceConfig,
+  whole: DaemonConfig,
+  log: Logger,
+  configChanged: () => void
+): Promise<Device> {
   const host: DeviceHost = { log, fileInfo, lockFile, fallocate: probeFallocate, configChanged }
   try {
     return await config.definition.open(config.options, host)
   } catch (error) {
     // Of several devices, which one.
-    if (error instanceof ConfigError) error.message = `${config.name}: ${error.message}`
+    if (error instanceof ConfigError && whole.devices.length > 1) error.message = `${config.name}: ${error.message}`
     throw error
   }
 }

@@ -288,7 +288,7 @@ describe('ring states', () => {
       stopped++
     }
     session.queues.length = 0
-    expect(stopped).toBe(80)
+    expect(stopped).toBe(120)
   })
 
   test('GET_VRING_BASE, again and again, and of a ring that was kicked but never complete', () => {
