@@ -116,6 +116,7 @@ int Ring::RunDirect() {
       int64_t after = Nanoseconds();
       if (copy && FaultTotal() != faults) {
         result = -EFAULT;
+        waited |= kCopyFaulted;
         refuseCopies = true;
       } else if (after - before > (copy ? kSlowCopy : kSlowWrite) + result && Waited(write)) {
         (copy ? refuseCopies : refuseWrites) = true;

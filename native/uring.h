@@ -62,6 +62,7 @@ struct Control {
 
 constexpr int32_t kCopyWaited = 1;
 constexpr int32_t kWriteWaited = 2;
+constexpr int32_t kCopyFaulted = 4;  // the SIGBUS guard stepped in
 
 constexpr unsigned kDirectEntries = 256;
 

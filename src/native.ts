@@ -58,8 +58,8 @@ export interface NativeRing {
    * READV, and WRITE and WRITEV with an fd of -1, copy from or to the address in the offset's place, which lies in a
    * mapping that the caller holds. The last word of an entry takes its result: bytes or -errno. Word 6 of `control` tells
    * what had to wait, for the disk, throttling or a journal: 1 = a copy, 2 = a write; those of the kind behind it are
-   * refused with -EAGAIN. A copy that the SIGBUS guard caught is -EFAULT. With direct entries io_uring is entered only when there is something to submit
-   * or `flags` has IORING_ENTER_GETEVENTS.
+   * refused with -EAGAIN. A copy that the SIGBUS guard caught is -EFAULT, and 4 is set. With direct entries io_uring is
+   * entered only when there is something to submit or `flags` has IORING_ENTER_GETEVENTS.
    */
   readonly direct: SharedArrayBuffer
   /**

@@ -33,6 +33,7 @@ const CONTROL_COUNT = 5
 const CONTROL_WAITED = 6
 const COPY_WAITED = 1
 const WRITE_WAITED = 2
+const COPY_FAULTED = 4
 
 export class DirectEntries {
   // Entries [0, #reaped) are reported, up to #run executed, up to #tail prepared.
@@ -108,6 +109,8 @@ export class DirectEntries {
     this.#copied += this.#copies
     this.#copies = 0
     const waited = control[CONTROL_WAITED]!
+    // Before any entry of the batch is reported: what that submits next must not be copied into a mapping that is gone.
+    if ((waited & COPY_FAULTED) !== 0) this.faults++
     if ((waited & WRITE_WAITED) !== 0) this.#writePause = performance.now() + WRITE_PAUSE_MS
     if ((waited & COPY_WAITED) !== 0) this.#pauseCopies()
     return result
@@ -131,10 +134,8 @@ export class DirectEntries {
 
   result(entry: number): number {
     const result = this.#entries[entry * ENTRY_WORDS + 15]! | 0
-    if (result !== EFAULT) return result
     // The file was cut under its mapping, or the disk failed: io_uring tells which when the request is submitted again.
-    this.faults++
-    return EAGAIN
+    return result === EFAULT ? EAGAIN : result
   }
 
   #pauseCopies(): void {

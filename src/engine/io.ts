@@ -47,6 +47,8 @@ export class Io implements DeviceIo {
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void {
     const count = this.#locate(chain, chain.readableCount, chain.count, start, length)
     const user = this.#user(chain)
+    // Before it is decided on a copy: making room may run a batch, and that may find the mapping gone.
+    if (count > 1) this.#ring.beginVectors(count)
     if (this.#copies(file as RingFile, offset, length))
       return this.#copy(chain, file, offset, count, length, false, user)
     if (count === 1) this.#ring.read(file.fd, file.slot, offset, this.#address(chain), length, user, this.#tag)
@@ -59,6 +61,7 @@ export class Io implements DeviceIo {
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
     const count = this.#locate(chain, 0, chain.readableCount, start, length)
     const user = this.#user(chain)
+    if (count > 1) this.#ring.beginVectors(count)
     if (
       !dsync &&
       length <= COPIED_WRITE &&
@@ -154,9 +157,9 @@ export class Io implements DeviceIo {
     return chain.regions[chain.region[segment]!]!.hva + chain.offset[segment]! + this.#skip
   }
 
+  /** After `beginVectors`. */
   #vectors(chain: Chain, count: number, length: number): void {
     const ring = this.#ring
-    ring.beginVectors(count)
     let left = length
     let skip = this.#skip
     for (let segment = this.#segment, i = 0; i < count; segment++, i++) {
