@@ -9,7 +9,7 @@ ${VIRTIOD:-virtiod} blk --socket-path "$dir/disk.sock" --blk-file "$image" --num
 virtiod=$!
 trap 'kill "$virtiod" 2>/dev/null; wait "$virtiod" || true; rm -rf "$dir"' EXIT INT TERM
 while [ ! -S "$dir/disk.sock" ]; do
-  kill -0 "$virtiod" || { cat "$dir/virtiod.log"; exit 1; }
+  kill -0 "$virtiod" 2>/dev/null || { cat "$dir/virtiod.log"; exit 1; }
   sleep 0.05
 done
 qemu-system-x86_64 -machine "q35,accel=${ACCEL:-kvm:tcg}" -cpu max -smp 2 -m 1G \

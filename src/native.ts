@@ -246,7 +246,7 @@ function load(): Native {
       new Error(
         `cannot load the native addon for Node ${process.version} on ${process.platform}-${process.arch}. ` +
           `Build it with "npm rebuild virtiod" (in a checkout: "npm run build:native"); it needs a C++ toolchain ` +
-          `(Debian: apt-get install g++ make cmake). ${(cause as Error).message.split('\n', 1)[0]}`,
+          `(Debian: apt-get install g++ make cmake). `,
         { cause }
       ),
       { code: 'ERR_NATIVE_LOAD' }

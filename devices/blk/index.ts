@@ -162,8 +162,13 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
     const info = host.fileInfo(fd)
     if (info.kind === 'other') throw kindError(path)
     if (!host.lockFile(fd, !options['read-only'])) {
-      const fix = 'Stop that process; several may share a file only when all of them have --read-only.'
-      throw new ConfigError('ERR_BLK_FILE_LOCKED', '--blk-file', `${path} is in use by another process`, fix)
+      const fix = 'Stop the other one; several may share a file only when all of them have --read-only.'
+      throw new ConfigError(
+        'ERR_BLK_FILE_LOCKED',
+        '--blk-file',
+        `${path} is locked: another process or another device serves it`,
+        fix
+      )
     }
     const size = blockSize(options, info)
     if (info.size === 0 || info.size % size !== 0) {

@@ -61,8 +61,17 @@ function report(error: unknown): number {
     return EXIT_USAGE
   }
   // An error with a code is a situation (a system error, a protocol error); one without is a bug, and its stack helps.
-  process.stderr.write(`virtiod: ${code === undefined ? (stack ?? String(error)) : message}\n`)
+  process.stderr.write(`virtiod: ${code === undefined ? (stack ?? String(error)) : message}${hint(error)}\n`)
   return EXIT_FAILURE
+}
+
+/** What is likely behind a front-end's failure, for who runs probe, verify or bench. */
+function hint(error: unknown): string {
+  const { code, failure, request } = error as { code?: string; failure?: string; request?: string }
+  if (code !== 'ERR_FRONTEND') return ''
+  if (failure === 'connect') return '. Is the back-end running?'
+  const first = failure === 'timeout' && request === 'GET_FEATURES'
+  return first ? '. A back-end serves one front-end at a time: is a guest connected? Stop it first.' : ''
 }
 
 // A reader that went away (virtiod --help | head) is no failure.

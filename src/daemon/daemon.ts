@@ -20,6 +20,8 @@ export class Daemon extends EventEmitter<DaemonEvents> {
   readonly #pool: IothreadPool
   readonly #log: Logger
   readonly #faults: MemoryFaults
+  /** For tests, and for hosts whose io_uring is known to be bad. */
+  readonly #emulate = process.env['VIRTIOD_IO_URING'] === 'off'
   #ended = Promise.withResolvers<void>()
   #died: unknown
   #closed: Promise<void> | undefined
@@ -31,8 +33,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
       count: config.iothreads,
       ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
       pollMaxUs: config.pollMaxUs,
-      // For tests, and for hosts whose io_uring is known to be bad.
-      emulate: process.env['VIRTIOD_IO_URING'] === 'off',
+      emulate: this.#emulate,
     })
     this.#pool.on('ringBroken', ({ session, index, code, message }) =>
       this.#serverOf(session)?.ringBroke(index, code, message)
@@ -142,6 +143,8 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     const { threads } = this.#pool
     const emulated = threads.find((thread) => thread.emulated)
     if (emulated === undefined) this.#log.info({ iothreads: threads.length, ring: 'io_uring' }, 'iothreads run')
+    else if (this.#emulate)
+      this.#log.info({ iothreads: threads.length, ring: 'system calls' }, 'io_uring is switched off (VIRTIOD_IO_URING)')
     else {
       const details = { iothreads: threads.length, ring: 'system calls', reason: emulated.reason }
       this.#log.warn(details, 'io_uring is not to be had: iothreads run on plain system calls, which is slower')

@@ -1,5 +1,5 @@
 /**
- * Errors by who is at fault and what ends (design.md "Rules that keep it honest"). Every one has a `code` that is
+ * Errors by who is at fault and what ends. Every one has a `code` that is
  * API: the README lists them, and a retired one is never used again.
  */
 

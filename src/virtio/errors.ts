@@ -1,4 +1,4 @@
-/** A driver broke the rules of its ring: that ring stops, nothing else (design.md "Rules that keep it honest"). */
+/** A driver broke the rules of its ring: that ring stops, nothing else. */
 export class RingError extends Error {
   override readonly name = 'RingError'
   /** API: listed in the README. */

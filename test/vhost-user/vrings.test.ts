@@ -274,7 +274,6 @@ describe('ring states', () => {
     const { session } = opened
     let stopped = 0
     for (const order of permutations(['num', 'addr', 'kick', 'call', 'enable'] as const)) {
-      // No front-end tells the size last: QEMU, DPDK, SPDK, libblkio and crosvm all begin with it.
       const queue = new Virtqueue(session.connection, session.memory, 0, true, { size: 16, mode: 'irq' })
       session.queues[0] = queue
       session.connection.setVringBase(0, 0)
