@@ -277,6 +277,16 @@ static Napi::Value Allocate(const Napi::CallbackInfo& info) {
   return Publish(info, base, length, 0, static_cast<size_t>(wanted), false);
 }
 
+static Napi::Value AdviseRandom(const Napi::CallbackInfo& info) {
+  Args args(info);
+  uint64_t address = args.Size(0, "address");
+  if (args.failed()) return Undefined(info);
+  std::lock_guard<std::mutex> lock(tableMutex);
+  Slot* slot = FindByAddress(static_cast<uintptr_t>(address));
+  if (slot == nullptr) return Number(info, -EINVAL);
+  return Result(info, madvise(reinterpret_cast<void*>(slot->base.load()), slot->length.load(), MADV_RANDOM));
+}
+
 static Napi::Value Release(const Napi::CallbackInfo& info) {
   Args args(info);
   uint64_t address = args.Size(0, "address");
@@ -305,6 +315,7 @@ static Napi::Value FaultEventFd(const Napi::CallbackInfo& info) {
 void InitMemory(Napi::Env env, Napi::Object exports) {
   Export<MapFile>(env, exports, "mapFile");
   Export<Allocate>(env, exports, "allocate");
+  Export<AdviseRandom>(env, exports, "adviseRandom");
   Export<Release>(env, exports, "release");
   Export<Faults>(env, exports, "faults");
   Export<FaultEventFd>(env, exports, "faultEventFd");

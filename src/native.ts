@@ -193,6 +193,8 @@ export interface Native {
   ): NativeMapping | number
   /** Page-aligned private anonymous memory, zeroed, with a known address: I/O vectors, bounce buffers, constants. */
   allocate(length: number): NativeMapping | number
+  /** madvise(MADV_RANDOM): a page fault in the mapping at `address` reads its page from the disk, not those around it. */
+  adviseRandom(address: number): number
   /**
    * Gives the memory back at once: lays anonymous memory over the mapping that starts at `address` (MAP_FIXED), so
    * that a stale view reads zeroes. The address range itself goes with the SharedArrayBuffer's finalizer. Idempotent.

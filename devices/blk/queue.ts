@@ -18,6 +18,9 @@ const ENOSPC = -28
 const EOPNOTSUPP = -95
 const EDQUOT = -122
 
+/** Bytes that one step of a request moves at most, so that a huge one doesn't keep the iothread from all others. */
+const STEP = 1024 * 1024
+
 /** How a range of zeroes is made, from the cheapest: the next is tried when the file system can't. */
 const PUNCH = 0
 const ZERO_RANGE = 1
@@ -150,7 +153,7 @@ class BlkQueue implements QueueHandler, BounceUser {
   #transferStep(chain: Chain, request: Request): void {
     const { io } = this.#context
     const { done, offset } = request
-    const left = request.total - done
+    const left = Math.min(request.total - done, STEP)
     const write = request.operation === shared.WRITE
     const start = write ? blk.VIRTIO_BLK_HEADER_SIZE + done : done
     if (this.#direct && !chain.aligned(!write, start, left, this.#data.memoryAlign, this.#data.lengthAlign)) {

@@ -5,6 +5,7 @@
  */
 import { type NativeRing, native, systemError } from '../native.ts'
 import { DirectEntries } from './direct.ts'
+import type { RingFile } from './ring-file.ts'
 
 // linux/io_uring.h
 const IORING_OP_READV = 1
@@ -89,6 +90,8 @@ export class IoRing {
   readonly #vectorsAddress: number
   #vector = 0
   readonly #direct: DirectEntries
+  /** The files that are open on this ring, by fd. */
+  readonly files = new Map<number, RingFile>()
   // Fixed-file slots by fd, with a count of users.
   readonly #slots = new Map<number, { slot: number; users: number }>()
   readonly #freeSlots: number[] = []
@@ -203,7 +206,7 @@ export class IoRing {
         this.#recountPending()
         return
       }
-      if ((result === EAGAIN || result === EBUSY) && this.#cqReady()) return
+      if ((result === EAGAIN || result === EBUSY) && (this.#cqReady() || direct.finished > 0)) return
       if (result !== EAGAIN && result !== EBUSY) throw systemError(result, 'io_uring_enter', 'the ring failed')
     }
   }
@@ -378,8 +381,12 @@ export class IoRing {
   /** The submission ring or the vectors are full in the middle of a batch. */
   #flush(): void {
     this.#releaseCompletions()
-    this.submit(0, -1)
-    if (this.#submissions > 0) throw new Error('io_uring takes no entries although the completion ring has room')
+    // Twice where the kernel takes a part for want of memory; completions that it waits for can't be reaped here.
+    for (let tries = 0; tries < 1000; tries++) {
+      this.submit(0, -1)
+      if (this.#submissions === 0) return
+    }
+    throw new Error('io_uring takes no entries although the completion ring has room')
   }
 
   #releaseCompletions(): void {

@@ -1,5 +1,6 @@
 /** A listening socket: binds, takes over a stale path, hands out connections one at a time. */
 import { lstatSync, unlinkSync } from 'node:fs'
+import { setTimeout } from 'node:timers/promises'
 import { native, systemError } from '../native.ts'
 import { Connection } from './connection.ts'
 import { Readiness } from './readiness.ts'
@@ -8,6 +9,10 @@ const EAGAIN = -11
 const EADDRINUSE = -98
 const ECONNREFUSED = -111
 const ECONNABORTED = -103
+
+/** ENOMEM, ENFILE, EMFILE, ENOBUFS. */
+const OUT_OF_RESOURCES = new Set([-12, -23, -24, -105])
+const RETRY_MS = 200
 
 /** The owner and the group of the socket may connect. */
 const SOCKET_MODE = 0o660
@@ -52,8 +57,10 @@ export class Listener implements Disposable {
     while (!this.#closed) {
       const fd = native.accept(this.#fd)
       if (fd >= 0) return new Connection(fd)
-      if (fd !== EAGAIN && fd !== ECONNABORTED) throw systemError(fd, 'accept', 'cannot accept a front-end')
-      await this.#readiness.wait()
+      // Out of fds or memory: the front-end stays in the backlog until others have left.
+      if (OUT_OF_RESOURCES.has(fd)) await setTimeout(RETRY_MS)
+      else if (fd === EAGAIN || fd === ECONNABORTED) await this.#readiness.wait()
+      else throw systemError(fd, 'accept', 'cannot accept a front-end')
     }
     return undefined
   }
