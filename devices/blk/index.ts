@@ -114,7 +114,7 @@ class BlkDevice implements Device<BlkQueueData> {
     if (offset !== blk.VIRTIO_BLK_CONFIG_WCE || bytes.length !== 1 || value === undefined || value > 1) return false
     if (!hasFeature(this.#features, blk.VIRTIO_BLK_F_CONFIG_WCE)) return false
     this.#state.writeback = value === 1
-    this.#host.log.info({ writeback: value === 1 }, 'the driver switched the write cache')
+    this.#host.log.debug({ writeback: value === 1 }, 'the driver switched the write cache')
     return true
   }
 

@@ -9,6 +9,7 @@ import { ProtocolError } from '../vhost-user/errors.ts'
 import { connectedSocket, Listener } from '../vhost-user/listener.ts'
 import { Session } from '../vhost-user/session.ts'
 import type { DeviceConfig, SocketAddress } from './config.ts'
+import { LineLimit } from './line-limit.ts'
 import type { Logger } from './log.ts'
 import { Rings } from './rings.ts'
 
@@ -30,6 +31,8 @@ export class DeviceServer {
   readonly #socket: SocketAddress
   readonly #log: Logger
   readonly #events: EventEmitter<DaemonEvents>
+  /** For all lines that a guest or a front-end can cause. */
+  readonly #limit = new LineLimit()
   /** The connection that was handed down has ended. */
   handedDownEnded = false
   #listener: Listener | undefined
@@ -96,20 +99,19 @@ export class DeviceServer {
   ringBroke(index: number, code: string, message: string): void {
     this.rings.queues[index]!.broken = true
     this.#session?.ringBroke(index)
-    // One line per break: a broken ring stays broken until the driver resets it.
-    this.#log.error({ queue: index, code }, `the driver broke its ring: ${message}`)
+    this.#say('error', { queue: index, code }, `the driver broke its ring: ${message}`)
     this.#events.emit('ringBroken', this.name, index, code)
   }
 
   deviceFailed(index: number, error: unknown): void {
-    this.#log.error({ queue: index, err: error }, 'the device failed, its session ends')
+    this.#say('error', { queue: index, err: error }, 'the device failed, its session ends')
     this.#session?.connection.abort()
   }
 
   /** Some mapping lost pages. Ends the session when it was one of its own. */
   checkMemory(): void {
     if (this.#session?.memoryFaulted !== true) return
-    this.#log.error({}, 'the front-end truncated its memory, its session ends')
+    this.#say('error', {}, 'the front-end truncated its memory, its session ends')
     this.#session.connection.abort()
   }
 
@@ -151,6 +153,12 @@ export class DeviceServer {
     this.device.close()
   }
 
+  /** A line that a guest or a front-end caused. */
+  #say(level: 'info' | 'warn' | 'error', details: object, message: string): void {
+    const more = this.#limit.take()
+    if (more !== undefined) this.#log[level]({ ...details, ...more }, message)
+  }
+
   async #acceptAll(listener: Listener): Promise<void> {
     while (!this.#closing) {
       const connection = await listener.accept()
@@ -161,27 +169,28 @@ export class DeviceServer {
 
   async #serve(connection: Connection): Promise<void> {
     this.rings.begin()
-    const log = this.#log.child({ session: this.rings.session })
+    const about = { session: this.rings.session }
     const session = new Session(connection, this.rings)
     session.onRefused = (error) => {
       this.#protocolErrors++
-      log.warn({ code: error.code }, `refused: ${error.message}`)
+      this.#say('warn', { ...about, code: error.code }, `refused: ${error.message}`)
     }
     this.#session = session
     this.#sessions++
     if (this.#closing) connection.abort()
-    log.info({}, 'front-end connected')
+    this.#say('info', about, 'front-end connected')
     this.#events.emit('sessionOpen', this.name)
     let cause: unknown
     try {
       await session.run()
-      log.info({}, 'front-end left')
+      this.#say('info', about, 'front-end left')
     } catch (error) {
       cause = error
       if (error instanceof ProtocolError) {
         this.#protocolErrors++
-        log.error({ code: error.code }, `the front-end broke the protocol, its connection is closed: ${error.message}`)
-      } else log.error({ err: error }, 'the session failed, its connection is closed')
+        const message = `the front-end broke the protocol, its connection is closed: ${error.message}`
+        this.#say('error', { ...about, code: error.code }, message)
+      } else this.#say('error', { ...about, err: error }, 'the session failed, its connection is closed')
     } finally {
       this.#session = undefined
       await this.rings.end()
