@@ -277,34 +277,39 @@ static Napi::Value Allocate(const Napi::CallbackInfo& info) {
   return Publish(info, base, length, 0, static_cast<size_t>(wanted), false);
 }
 
-static Napi::Value AdviseRandom(const Napi::CallbackInfo& info) {
+/**
+ * Does something with the mapping at the address that is the first argument. The lock is held meanwhile: the finalizer, on
+ * another thread, must not give the range back.
+ */
+static Napi::Value OnMapping(const Napi::CallbackInfo& info, Napi::Value (*act)(const Napi::CallbackInfo&, Slot&)) {
   Args args(info);
   uint64_t address = args.Size(0, "address");
   if (args.failed()) return Undefined(info);
   std::lock_guard<std::mutex> lock(tableMutex);
   Slot* slot = FindByAddress(static_cast<uintptr_t>(address));
-  if (slot == nullptr) return Number(info, -EINVAL);
-  return Result(info, madvise(reinterpret_cast<void*>(slot->base.load()), slot->length.load(), MADV_RANDOM));
+  return slot == nullptr ? Number(info, -EINVAL) : act(info, *slot);
+}
+
+static void* BaseOf(const Slot& slot) {
+  return reinterpret_cast<void*>(slot.base.load());
+}
+
+static Napi::Value AdviseRandom(const Napi::CallbackInfo& info) {
+  return OnMapping(info, [](const Napi::CallbackInfo& call, Slot& slot) -> Napi::Value {
+    return Result(call, madvise(BaseOf(slot), slot.length.load(), MADV_RANDOM));
+  });
 }
 
 static Napi::Value Release(const Napi::CallbackInfo& info) {
-  Args args(info);
-  uint64_t address = args.Size(0, "address");
-  if (args.failed()) return Undefined(info);
-  // The lock is held over mmap: the finalizer, on another thread, must not give the range back in between.
-  std::lock_guard<std::mutex> lock(tableMutex);
-  Slot* slot = FindByAddress(static_cast<uintptr_t>(address));
-  if (slot == nullptr) return Number(info, -EINVAL);
-  return Result(info, LayAnonymous(reinterpret_cast<void*>(slot->base.load()), slot->length.load()) ? 0 : -1);
+  return OnMapping(info, [](const Napi::CallbackInfo& call, Slot& slot) -> Napi::Value {
+    return Result(call, LayAnonymous(BaseOf(slot), slot.length.load()) ? 0 : -1);
+  });
 }
 
 static Napi::Value Faults(const Napi::CallbackInfo& info) {
-  Args args(info);
-  uint64_t address = args.Size(0, "address");
-  if (args.failed()) return Undefined(info);
-  std::lock_guard<std::mutex> lock(tableMutex);
-  Slot* slot = FindByAddress(static_cast<uintptr_t>(address));
-  return Number(info, slot == nullptr ? -EINVAL : static_cast<double>(slot->faults.load()));
+  return OnMapping(info, [](const Napi::CallbackInfo& call, Slot& slot) -> Napi::Value {
+    return Number(call, static_cast<double>(slot.faults.load()));
+  });
 }
 
 static Napi::Value FaultEventFd(const Napi::CallbackInfo& info) {
