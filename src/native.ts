@@ -1,5 +1,5 @@
 /**
- * The typed facade over the native addon: system calls and nothing else.
+ * The typed facade over the native addon: system calls, and the copies of {@link NativeRing.direct}.
  *
  * Conventions of every function here:
  * - it never throws for a failing system call: it returns `-errno` (a small negative number), 0 or a positive result;

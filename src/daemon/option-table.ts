@@ -62,6 +62,7 @@ export function optionsOf(table: OptionTable): OptionInfo[] {
 }
 
 function describe(name: string, schema: GenericSchema): OptionInfo {
+  // valibot's schemas are a union without a common shape; SchemaShape is the part that all of ours have.
   let inner = schema
   let required = true
   let fallback: unknown
