@@ -123,10 +123,6 @@ export class IoRing {
     if (!emulate) for (let slot = 63; slot >= 0; slot--) this.#freeSlots.push(slot)
   }
 
-  get fd(): number {
-    return this.#ring.fd
-  }
-
   /**
    * The slot of `fd` in the fixed-file table (saves the kernel a look-up per request), or -1. Balance with
    * `closeFile`.
