@@ -3,7 +3,7 @@
  * no command line and no signals.
  */
 import { EventEmitter } from 'eventemitter3'
-import { ConfigError, type Device, type DeviceHost } from '../device/index.ts'
+import { API_VERSION, ConfigError, type Device, DeviceError, type DeviceHost } from '../device/index.ts'
 import { allowedCpus } from '../engine/affinity.ts'
 import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
 import { IothreadPool } from '../engine/pool.ts'
@@ -183,6 +183,11 @@ async function openDevice(
   log: Logger,
   configChanged: () => void
 ): Promise<Device> {
+  const { apiVersion, name } = config.definition
+  if (apiVersion !== API_VERSION) {
+    const message = `the device ${name} is written for version ${apiVersion} of the contract, this is version ${API_VERSION}`
+    throw new DeviceError('ERR_DEVICE_API_VERSION', message)
+  }
   const host: DeviceHost = { log, fileInfo, lockFile, fallocate: probeFallocate, configChanged }
   try {
     return await config.definition.open(config.options, host)

@@ -32,6 +32,9 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_BLK_DISCARD: 'The file system cannot free space inside a file, which --discard on needs.',
   // ---- ProtocolError: the front-end's; ends its session, or is a NACK
   ...sentences(PROTOCOL_ERRORS),
+  // ---- DeviceError: the device's own
+  ERR_DEVICE_API_VERSION: 'The device was written for another version of the device contract.',
+  ERR_DEVICE_COMPLETED_TWICE: 'The device completed a chain that it had completed before.',
   // ---- RingError: the driver's; stops that ring
   ...sentences(RING_ERRORS),
   // ---- the installation, and the other end

@@ -18,7 +18,7 @@ export class ConfigError extends Error {
   }
 }
 
-/** The device's own fault (a throwing handler): ends that device's session. */
+/** The device's own fault: ends that device's session, or keeps the daemon from starting with it. */
 export class DeviceError extends Error {
   override readonly name = 'DeviceError'
   readonly code: string

@@ -2,7 +2,7 @@
  * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls,
  * and stops. Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
  */
-import type { Chain, QueueContext, QueueHandler } from '../device/index.ts'
+import { type Chain, DeviceError, type QueueContext, type QueueHandler } from '../device/index.ts'
 import { VIRTIO_F_RING_PACKED } from '../virtio/constants.ts'
 import { hasFeature } from '../virtio/features.ts'
 import type { GuestMemory } from '../virtio/memory.ts'
@@ -158,7 +158,7 @@ export class Queue implements QueueContext {
   }
 
   complete(chain: Chain, written: number, operation: number, bytes: number): void {
-    if (!chain.inFlight) throw new Error(`chain ${chain.head} was completed twice`)
+    if (!chain.inFlight) throw new DeviceError('ERR_DEVICE_COMPLETED_TWICE', `chain ${chain.head} was completed twice`)
     this.vring.push(chain, written)
     this.inFlight--
     this.#completed++
