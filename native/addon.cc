@@ -11,6 +11,9 @@ static Napi::Object Init(Napi::Env env, Napi::Object exports) {
   InitUring(env, exports);
   InitThread(env, exports);
   InitWatch(env, exports);
+  InitPackets(env, exports);
+  InitTap(env, exports);
+  InitLink(env, exports);
   return exports;
 }
 

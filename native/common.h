@@ -131,6 +131,9 @@ void InitMemory(Napi::Env env, Napi::Object exports);
 void InitUring(Napi::Env env, Napi::Object exports);
 void InitThread(Napi::Env env, Napi::Object exports);
 void InitWatch(Napi::Env env, Napi::Object exports);
+void InitPackets(Napi::Env env, Napi::Object exports);
+void InitTap(Napi::Env env, Napi::Object exports);
+void InitLink(Napi::Env env, Napi::Object exports);
 
 }  // namespace virtiod
 

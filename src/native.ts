@@ -1,5 +1,6 @@
 /**
- * The typed facade over the native addon: system calls, and the copies of {@link NativeRing.direct}.
+ * The typed facade over the native addon: system calls, and the copies of {@link NativeRing.direct} and
+ * {@link Native.copy}.
  *
  * Conventions of every function here:
  * - it never throws for a failing system call: it returns `-errno` (a small negative number), 0 or a positive result;
@@ -220,6 +221,90 @@ export interface Native {
    * kernel or container has no io_uring.
    */
   ringSetup(entries: number, cqEntries: number, emulate: boolean): NativeRing | number
+
+  // ---- packets (hot path: once per batch)
+  /**
+   * Copies `count` pieces: pieces[3i] = destination address, [3i + 1] = source address, [3i + 2] = bytes. The caller
+   * holds both mappings; the ranges of one piece don't overlap (memcpy). A page that is missing, because a front-end
+   * truncated its memory, is the SIGBUS guard's: the copy goes on. Returns 0.
+   */
+  copy(pieces: Float64Array, count: number): number
+  /**
+   * Sends `count` packets on `fd`, one writev(2) each. `vectors` is the address of an array of struct iovec, all
+   * packets' vectors one behind the other; packets[i] is the number of vectors of packet i on entry and its result on
+   * return: bytes, 0 = its vectors are empty, or -errno (-EINVAL: none or more than 1024 vectors; -EIO: the tap is
+   * down; -EFAULT: memory is gone). EINTR is retried. All are tried. Returns how many were sent.
+   */
+  sendPackets(fd: number, vectors: number, packets: Int32Array, count: number): number
+  /**
+   * Receives packets from a non-blocking `fd` straight into buffers, one readv(2) each. `vectors` is the address of an
+   * array of struct iovec; chains[c] is the number of vectors of chain c, for c in 0 … chainCount − 1, one behind the
+   * other. Each packet gets a window of chains from the next unused one on: with `mergeable` as many as hold
+   * `maxPacket` bytes (1 or more), else one; it then uses up as many whole chains as the bytes that came need, at least
+   * one. Stops when the window is smaller than `maxPacket` or has more than 1024 vectors, at `maxPackets`, or when readv
+   * fails. results[i] = bytes of packet i; behind the last packet why it stopped: -errno of readv (-EAGAIN = nothing
+   * left), else 0. results.length > maxPackets. Returns the number of packets. A packet that is longer than its window
+   * is cut off without a word.
+   */
+  receivePackets(
+    fd: number,
+    vectors: number,
+    chains: Int32Array,
+    chainCount: number,
+    maxPacket: number,
+    mergeable: boolean,
+    results: Int32Array,
+    maxPackets: number
+  ): number
+
+  // ---- tap and network links (control path; in the network namespace of the calling thread)
+  /**
+   * Opens /dev/net/tun (O_RDWR | O_NONBLOCK | O_CLOEXEC) and attaches it to the tap `name`, which is made when there is
+   * none: TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR (| IFF_MULTI_QUEUE). Called again it adds a queue to a
+   * multi-queue tap. An empty name or one with "%d" lets the kernel choose. Header size and offloads are those that an
+   * existing tap has. An fd, or -EPERM, -EACCES, -ENOENT (no /dev/net/tun), -EBUSY (in use, and not multi-queue),
+   * -E2BIG (too many queues), -EINVAL (it is no tap, or multi-queue when it should not be or the other way round, or
+   * the name is none), -ENAMETOOLONG (16 bytes or more).
+   */
+  tapOpen(name: string, multiQueue: boolean): number
+  /**
+   * What tap `fd` is attached to: its interface's name, and out[0] = IFF_* flags of TUNGETIFF, out[1] = bytes of the
+   * virtio-net header (TUNGETVNETHDRSZ), out[2] = IFF_* flags that the kernel knows (TUNGETFEATURES). out.length ≥ 3.
+   * -EBADFD, -ENOTTY: no tap, or not attached.
+   */
+  tapInfo(fd: number, out: Int32Array): string | number
+  /** TUNSETVNETHDRSZ: bytes of the virtio-net header, of all queues. -EINVAL: less than 10. */
+  tapSetHeaderSize(fd: number, size: number): number
+  /**
+   * TUNSETOFFLOAD, of all queues: TUN_F_* that the reader of the tap copes with. -EINVAL: the kernel has not all of
+   * them, or TSO without CSUM.
+   */
+  tapSetOffload(fd: number, flags: number): number
+  /**
+   * TUNSETQUEUE with IFF_ATTACH_QUEUE or IFF_DETACH_QUEUE: a queue that is not attached gets no packets. -EINVAL: it is
+   * so already, or the tap is not multi-queue.
+   */
+  tapSetQueue(fd: number, attached: boolean): number
+  /**
+   * What link `name` is: out[0] ifindex, out[1] IFF_* flags, out[2] MTU in bytes, out[3 … 8] MAC address (zeroes: it
+   * has none), out[9] 1 = it is a bridge, out[10] ifindex of the bridge that it is on or 0. out.length ≥ 11. 0, or
+   * -ENODEV, -ENAMETOOLONG. Needs no privileges.
+   */
+  linkInfo(name: string, out: Int32Array): number
+  /** 0, or -ENODEV, -EPERM. */
+  linkSetUp(name: string, up: boolean): number
+  /** MTU in bytes. -EINVAL: outside of what the link takes. */
+  linkSetMtu(name: string, mtu: number): number
+  /** `mac` has 6 bytes. -EADDRNOTAVAIL: multicast or all zeroes. */
+  linkSetAddress(name: string, mac: Uint8Array): number
+  /** Puts link `name` on `bridge` (SIOCBRADDIF). -EBUSY: it is on one already. -EOPNOTSUPP: `bridge` is no bridge. */
+  bridgeAdd(bridge: string, name: string): number
+  /**
+   * An AF_PACKET SOCK_RAW socket (SOCK_CLOEXEC | SOCK_NONBLOCK) bound to link `name`, which should be up, with
+   * PACKET_QDISC_BYPASS, and with PACKET_VNET_HDR when `vnetHeader`: each packet begins with a virtio-net header of 10
+   * bytes. Tests and benchmarks put packets into a tap with it. An fd, or -ENODEV, -EPERM.
+   */
+  packetSocket(name: string, vnetHeader: boolean): number
 
   // ---- threads
   /** sched_setaffinity of the calling thread to the CPU numbers given. */

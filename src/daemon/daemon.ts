@@ -6,6 +6,7 @@ import { EventEmitter } from 'eventemitter3'
 import { API_VERSION, ConfigError, type Device, DeviceError, type DeviceHost } from '../device/index.ts'
 import { allowedCpus } from '../engine/affinity.ts'
 import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
+import { networkHost } from '../engine/network.ts'
 import { IothreadPool } from '../engine/pool.ts'
 import type { DaemonSnapshot } from '../ops/snapshot.ts'
 import { MemoryFaults } from '../vhost-user/memory-faults.ts'
@@ -39,6 +40,9 @@ export class Daemon extends EventEmitter<DaemonEvents> {
       this.#serverOf(session)?.ringBroke(index, code, message)
     )
     this.#pool.on('deviceFailed', ({ session, index, error }) => this.#serverOf(session)?.deviceFailed(index, error))
+    this.#pool.on('reported', ({ session, index, message }) =>
+      this.#serverOf(session)?.device.reported?.(index, message)
+    )
     this.#pool.on('death', (error) => this.#iothreadDied(error))
     this.#faults = new MemoryFaults(() => {
       for (const server of this.#servers) server.checkMemory()
@@ -71,7 +75,8 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     checkCpus(config.iothreadCpus)
     const devices: Device[] = []
     try {
-      for (const device of config.devices) devices.push(await openDevice(device, config, log, () => {}))
+      const nobody = { daemon: devices, configChanged: () => {}, send: () => {} }
+      for (const device of config.devices) devices.push(await openDevice(device, config, log, nobody))
     } finally {
       for (const device of devices) device.close()
     }
@@ -134,7 +139,11 @@ export class Daemon extends EventEmitter<DaemonEvents> {
   async #open(config: DeviceConfig, whole: DaemonConfig): Promise<void> {
     const log = this.#log.child({ device: config.name })
     let server: DeviceServer | undefined
-    const device = await openDevice(config, whole, log, () => server?.configChanged())
+    const device = await openDevice(config, whole, log, {
+      daemon: this,
+      configChanged: () => server?.configChanged(),
+      send: (index, message) => server?.rings.send(index, message),
+    })
     server = new DeviceServer(config, device, this.#pool, log, this)
     this.#servers.push(server)
   }
@@ -181,14 +190,14 @@ async function openDevice(
   config: DeviceConfig,
   whole: DaemonConfig,
   log: Logger,
-  configChanged: () => void
+  own: Pick<DeviceHost, 'daemon' | 'configChanged' | 'send'>
 ): Promise<Device> {
   const { apiVersion, name } = config.definition
   if (apiVersion !== API_VERSION) {
     const message = `the device ${name} is written for version ${apiVersion} of the contract, this is version ${API_VERSION}`
     throw new DeviceError('ERR_DEVICE_API_VERSION', message)
   }
-  const host: DeviceHost = { log, fileInfo, lockFile, fallocate: probeFallocate, configChanged }
+  const host: DeviceHost = { ...own, log, network: networkHost, fileInfo, lockFile, fallocate: probeFallocate }
   try {
     return await config.definition.open(config.options, host)
   } catch (error) {

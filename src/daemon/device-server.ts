@@ -125,6 +125,8 @@ export class DeviceServer {
       memoryRegions: session?.memory.regions.length ?? 0,
       sessionsTotal: this.#sessions,
       protocolErrorsTotal: this.#protocolErrors,
+      metrics: this.#definition.metrics ?? [],
+      samples: [...(this.device.samples?.() ?? [])],
       queues: this.rings.queues
         .filter((queue) => queue.used)
         .map(({ index, thread, counters, ring, enabled, broken }) => ({

@@ -2,7 +2,7 @@
  * The rings of one device's session on the iothreads: which iothread serves which queue, under which id. It is the
  * session's {@link RingHost}: the place where the protocol meets the engine.
  */
-import type { Device, DeviceDefinition } from '../device/index.ts'
+import type { Device, DeviceDefinition, NetworkRequests } from '../device/index.ts'
 import { QueueCounters } from '../engine/counters.ts'
 import type { Request } from '../engine/messages.ts'
 import { type IothreadHandle, type IothreadPool, moduleUrl } from '../engine/pool.ts'
@@ -64,7 +64,10 @@ export class Rings implements RingHost {
     this.features = device.features | RING_FEATURES
     this.numQueues = device.numQueues
     this.maxQueueSize = device.maxQueueSize ?? VIRTQ_MAX_SIZE
-    this.queues = Array.from({ length: device.numQueues }, (_, index) => new QueueSlot(index, pool.assign()))
+    this.queues = Array.from(
+      { length: device.numQueues },
+      (_, index) => new QueueSlot(index, pool.assign(device.iothreadGroup))
+    )
     this.#threads = [...new Set(this.queues.map((queue) => queue.thread))]
   }
 
@@ -76,6 +79,10 @@ export class Rings implements RingHost {
 
   async end(): Promise<void> {
     await this.#all({ kind: 'endSession', session: this.session })
+  }
+
+  get network(): NetworkRequests | undefined {
+    return this.#device.network
   }
 
   config(): Uint8Array {
@@ -97,6 +104,7 @@ export class Rings implements RingHost {
   async startRing(index: number, start: RingStart): Promise<void> {
     const queue = this.queues[index]!
     const ring = queue.thread.takeRing()
+    if (start.enabled) this.#device.ringActive?.(index, true)
     try {
       await queue.thread.request({
         kind: 'startQueue',
@@ -110,6 +118,7 @@ export class Rings implements RingHost {
       })
     } catch (error) {
       queue.thread.freeRing(ring)
+      if (start.enabled) this.#device.ringActive?.(index, false)
       throw error
     }
     queue.ring = ring
@@ -124,13 +133,18 @@ export class Rings implements RingHost {
     const base = await queue.thread.request({ kind: 'stopQueue', queue: ring })
     queue.thread.freeRing(ring)
     queue.ring = undefined
+    if (queue.enabled) this.#device.ringActive?.(index, false)
     return base
   }
 
   async enableRing(index: number, enabled: boolean): Promise<void> {
     const queue = this.queues[index]!
+    const changed = queue.enabled !== enabled
     queue.enabled = enabled
+    // What a ring needs is there before it runs, and stays until it doesn't.
+    if (changed && enabled) this.#device.ringActive?.(index, true)
     await queue.thread.request({ kind: 'enableQueue', queue: queue.ring!, enabled })
+    if (changed && !enabled) this.#device.ringActive?.(index, false)
   }
 
   async setKick(index: number, kickFd: number): Promise<void> {
@@ -153,6 +167,14 @@ export class Rings implements RingHost {
 
   async setMemory(regions: readonly RegionDescription[]): Promise<void> {
     await this.#all({ kind: 'setMemory', session: this.session, regions })
+  }
+
+  /** A message of the control half for the handler of a queue; lost when its ring is not started. */
+  send(index: number, message: unknown): void {
+    const queue = this.queues[index]
+    if (queue?.ring === undefined) return
+    // The ring may stop meanwhile: then there is nobody to hear it.
+    queue.thread.request({ kind: 'message', queue: queue.ring, message }).catch(() => {})
   }
 
   async #all(request: Request): Promise<void> {

@@ -12,10 +12,15 @@
  */
 import type { GenericSchema } from 'valibot'
 import type { Chain } from '../virtio/chain.ts'
+import type { NetworkHost } from './network.ts'
+import type { CopyBatch, PacketReceiver, PacketSender } from './packets.ts'
 
 export type { Chain } from '../virtio/chain.ts'
+export { VIRTIO_F_VERSION_1 } from '../virtio/constants.ts'
 export { featureSet, hasFeature } from '../virtio/features.ts'
 export { ConfigError, DeviceError } from './errors.ts'
+export type { LinkInfo, NetworkHost, TapInfo } from './network.ts'
+export type { CopyBatch, PacketReceiver, PacketSender } from './packets.ts'
 
 /** The version of this contract. A module that was written for another one is refused when it is loaded. */
 export const API_VERSION = 1
@@ -51,11 +56,31 @@ export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
    * {@link CreateQueueHandler}.
    */
   readonly queueModule: URL
+  /** Metrics beside those that every device has, see {@link Device.samples}. */
+  readonly metrics?: readonly DeviceMetric[]
   /**
    * Opens what the options name. Nothing is served yet.
    * @throws ConfigError naming the option and the fix: the daemon exits with 2 before it binds a socket.
    */
   open(options: Options, host: DeviceHost): Promise<Device<QueueData>> | Device<QueueData>
+}
+
+/** A metric of one kind of device; its full name is `virtiod_<device name>_<name>`. */
+export interface DeviceMetric {
+  readonly name: string
+  readonly type: 'counter' | 'gauge'
+  /** Beside `device`, which every sample has. */
+  readonly labels: readonly string[]
+  readonly help: string
+}
+
+/** The value of a {@link DeviceMetric} now. */
+export interface DeviceSample {
+  /** `DeviceMetric.name` */
+  readonly metric: string
+  /** One for each of `DeviceMetric.labels`. */
+  readonly labels: Readonly<Record<string, string | number>>
+  readonly value: number
 }
 
 /**
@@ -69,8 +94,18 @@ export interface Device<QueueData = unknown> {
   readonly numQueues: number
   /** The largest ring that a driver may set up: a power of two, 2 … 32768 (the default). */
   readonly maxQueueSize?: number
-  /** Structured-cloneable; handed to `createQueueHandler` on the iothread. Fds in it stay owned by the device. */
+  /**
+   * Structured-cloneable; read when a ring starts and handed to `createQueueHandler` on the iothread. Fds in it stay
+   * owned by the device.
+   */
   readonly queueData: QueueData
+  /**
+   * Queues of all devices of the daemon that give the same group are served by one iothread, so that their handlers can
+   * share objects. Unset: the queues are spread over the iothreads.
+   */
+  readonly iothreadGroup?: string
+  /** What vhost-user has for network cards only; the protocol features are offered when it is there. */
+  readonly network?: NetworkRequests
   /** The whole config space (at most 256 bytes), little-endian as virtio 1.3 §2.5.3 says. Read at every GET_CONFIG. */
   config(): Uint8Array
   /** SET_CONFIG. Returns false to refuse the write (the front-end gets a NACK); nothing may have changed then. */
@@ -82,6 +117,12 @@ export interface Device<QueueData = unknown> {
   negotiated?(features: bigint): void
   /** The session ended or RESET_DEVICE came: back to the state after `open`. All queues are stopped. */
   reset?(): void
+  /** A ring was started and enabled, or is so no longer. */
+  ringActive?(queueIndex: number, active: boolean): void
+  /** A handler said something, by `QueueContext.report`. */
+  reported?(queueIndex: number, message: unknown): void
+  /** Values for `DeviceDefinition.metrics`, when somebody asks for metrics. */
+  samples?(): Iterable<DeviceSample>
   /** SIGHUP: look at the backing store again. Returns true when the config space changed, and the driver is told. */
   refresh?(): boolean
   /**
@@ -93,17 +134,32 @@ export interface Device<QueueData = unknown> {
   close(): void
 }
 
+/** vhost-user.rst "SEND_RARP" and "NET_SET_MTU". */
+export interface NetworkRequests {
+  /** NET_SET_MTU. Returns false to refuse it. */
+  setMtu(mtu: number): boolean
+  /** SEND_RARP: the guest with this MAC (6 bytes) has moved here and can't announce itself. */
+  announce(mac: Uint8Array): void
+}
+
 /** How to attach the device to QEMU. */
 export interface QemuDevice {
   /** `vhost-user-blk-pci` */
   readonly driver: string
   /** Further properties of `-device`, in order. */
   readonly properties: Readonly<Record<string, string | number>>
+  /** A network card hangs on a `-netdev vhost-user` with these properties, and that on the chardev. */
+  readonly netdev?: Readonly<Record<string, string | number>>
 }
 
 /** What the daemon offers to a device's control half. */
 export interface DeviceHost {
   readonly log: DeviceLogger
+  /** Devices of one daemon have the same: a key for what they share. */
+  readonly daemon: object
+  readonly network: NetworkHost
+  /** Hands a structured-cloneable message to the queue's handler (`message`); lost when its ring is not started. */
+  send(queueIndex: number, message: unknown): void
   /** What kind of file an fd is, and its geometry. @throws a system error */
   fileInfo(fd: number): FileInfo
   /**
@@ -131,25 +187,62 @@ export interface FileInfo {
 // ------------------------------------------------------------------------------------------------ the queue half
 
 /** Makes the handler of one virtqueue when its ring starts. */
-export type CreateQueueHandler<QueueData = unknown> = (context: QueueContext, data: QueueData) => QueueHandler
+export type CreateQueueHandler<QueueData = unknown> = (
+  context: QueueContext,
+  data: QueueData
+) => QueueHandler | ReceiveHandler
+
+/** What both kinds of handlers may have. */
+interface CommonHandler {
+  /** A message from the control half, by `DeviceHost.send`. */
+  message?(message: unknown): void
+  /** An fd that `DeviceIo.watch` watches became readable. Edge-triggered: read until it is empty. */
+  readable?(fd: number): void
+  /** The ring stopped; nothing is in flight. Frees what `createQueueHandler` took. */
+  close?(): void
+}
 
 /**
- * One virtqueue's request processing. Methods must not throw (that ends the session), block or allocate per request.
+ * One virtqueue whose chains are requests. Methods must not throw (that ends the session), block or allocate per
+ * request.
  */
-export interface QueueHandler {
+export interface QueueHandler extends CommonHandler {
   /**
    * Takes a chain that the driver made available. The handler must `complete` it exactly once, now or later. The
    * chain's structure is checked; its contents are the guest's and may change while they are read: read each field
    * once.
    */
   handle(chain: Chain): void
+  /** After some calls of `handle`: does what they put off, so that one native call serves them all. */
+  endBatch?(): void
   /**
    * The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. -EAGAIN and -EINTR
    * say that nothing was done: submit it again.
    */
-  completed(chain: Chain, result: number): void
-  /** The ring stopped; nothing is in flight. Frees what `createQueueHandler` took. */
-  close?(): void
+  completed?(chain: Chain, result: number): void
+  /**
+   * Takes the chains instead of `handle` while the ring is disabled: a network card's transmit queue has to discard
+   * them (vhost-user.rst "Ring states"). Without it the chains wait.
+   */
+  discard?(chain: Chain): void
+}
+
+/**
+ * One virtqueue whose chains are buffers for what comes in from outside: it takes chains when it needs them
+ * (`QueueContext.take`) instead of getting them. Same rules.
+ */
+export interface ReceiveHandler extends CommonHandler {
+  /**
+   * Moves what came in into chains. Called in each round of the iothread while the ring is active; it has to return at
+   * once when there is nothing. Returns how much it did, 0 = nothing: when all do nothing, the thread may sleep.
+   */
+  receive(): number
+  /** Something is here for the driver, which has no chain for it: the engine asks to be kicked. */
+  readonly waiting: boolean
+  /**
+   * Gives all chains back that it holds (`QueueContext.untake`): the ring stops, was disabled, or its memory changes.
+   */
+  release(): void
 }
 
 /** What the engine offers to a handler. It belongs to one virtqueue on one iothread. */
@@ -159,6 +252,19 @@ export interface QueueContext {
   /** The negotiated features. */
   readonly features: bigint
   readonly io: DeviceIo
+  /** The ring is started, enabled, whole and not paused: chains can be taken. */
+  readonly active: boolean
+  /** For a {@link ReceiveHandler}: the next chain, undefined when there is none. It is in flight until it is completed. */
+  take(): Chain | undefined
+  /** Puts back the chain that was taken last, unused. Chains go back in reverse order. */
+  untake(chain: Chain): void
+  /**
+   * Gives the chain back to the driver without counting it as a request: a {@link complete} of its own accounting.
+   * @param written as in `complete`
+   */
+  give(chain: Chain, written: number): void
+  /** Tells the control half (`Device.reported`) a structured-cloneable message. Not on the hot path. */
+  report(message: unknown): void
   /**
    * Gives the chain back to the driver.
    * @param written bytes written to the device-writable part, counted from its start (virtio 1.3 §2.7.8.2)
@@ -194,6 +300,18 @@ export interface DeviceIo {
   /** Registers a file for I/O on this iothread. Equal fds share a registration. */
   openFile(fd: number): IoFile
   closeFile(file: IoFile): void
+  /**
+   * Watches an fd that can be read: its handler is told of by `readable`. The device keeps it open until `unwatch`
+   * or `close` of the handler.
+   */
+  watch(fd: number): void
+  unwatch(fd: number): void
+  /** For packets out of chains into an fd that takes one per write (tap). @param capacity packets per batch */
+  packetSender(fd: number, capacity: number): PacketSender
+  /** For packets from such an fd into chains. @param capacity chains that it holds at most */
+  packetReceiver(fd: number, capacity: number): PacketReceiver
+  /** For copies between chains and buffers, many per native call. @param capacity pieces per batch */
+  copyBatch(capacity: number): CopyBatch
   /** `length` zeroed bytes, page-aligned. They live until the iothread ends: allocate at start, not per request. */
   allocate(length: number): IoBuffer
   /** Reads the file from `offset` into bytes [start, start + length) of the chain's device-writable part. */

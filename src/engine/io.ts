@@ -2,8 +2,10 @@
  * The device's I/O on one queue: byte ranges of chains become ring entries. This is the one place where a guest's
  * buffer becomes an address for the kernel.
  */
-import type { Chain, DeviceIo, IoBuffer, IoFile } from '../device/index.ts'
+import type { Chain, CopyBatch, DeviceIo, IoBuffer, IoFile, PacketReceiver, PacketSender } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
+import { PieceBatch } from './copies.ts'
+import { FdPacketReceiver, FdPacketSender } from './packets.ts'
 import { type IoRing, MAX_VECTORS, WRITE_BUFFERED, WRITE_DSYNC, WRITE_PLAIN } from './ring.ts'
 import { RingFile } from './ring-file.ts'
 
@@ -16,8 +18,15 @@ const COPIED_READ = 256 * 1024
  */
 const COPIED_WRITE = 16 * 1024
 
+/** Who polls the fds that a handler watches. */
+export interface FdWatcher {
+  watch(fd: number): void
+  unwatch(fd: number): void
+}
+
 export class Io implements DeviceIo {
   readonly #ring: IoRing
+  readonly #watcher: FdWatcher
   readonly #queue: number
   readonly #tag: number
   /** Operations with the kernel. */
@@ -26,8 +35,9 @@ export class Io implements DeviceIo {
   #segment = 0
   #skip = 0
 
-  constructor(ring: IoRing, queue: number, tag: number) {
+  constructor(ring: IoRing, queue: number, tag: number, watcher: FdWatcher) {
     this.#ring = ring
+    this.#watcher = watcher
     this.#queue = queue << 16
     this.#tag = tag
   }
@@ -49,6 +59,26 @@ export class Io implements DeviceIo {
     this.#ring.files.delete(known.fd)
     this.#ring.closeFile(known.fd)
     known.unmap()
+  }
+
+  watch(fd: number): void {
+    this.#watcher.watch(fd)
+  }
+
+  unwatch(fd: number): void {
+    this.#watcher.unwatch(fd)
+  }
+
+  packetSender(fd: number, capacity: number): PacketSender {
+    return new FdPacketSender(fd, capacity)
+  }
+
+  packetReceiver(fd: number, capacity: number): PacketReceiver {
+    return new FdPacketReceiver(fd, capacity)
+  }
+
+  copyBatch(capacity: number): CopyBatch {
+    return new PieceBatch(capacity)
   }
 
   allocate(length: number): IoBuffer {

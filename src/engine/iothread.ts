@@ -105,6 +105,10 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.#report({ kind: 'deviceFailed', session: queue.session, index: queue.queueIndex, error: portable(error) })
   }
 
+  reported(queue: Queue, message: unknown): void {
+    this.#report({ kind: 'reported', session: queue.session, index: queue.queueIndex, message })
+  }
+
   /** Rounds of work until a control message is waiting. */
   #serve(): void {
     const ring = this.ring
@@ -117,11 +121,13 @@ export class Iothread implements CompletionSink, QueueOwner {
       for (let i = 0; i < queues.length; i++) {
         const queue = queues[i]!
         queue.publish()
-        if (queue.active) {
+        if (queue.served) {
           work += queue.drain()
           queue.publish()
         }
       }
+      // A handler may have given chains of another queue: a switch does.
+      if (work > 0) for (let i = 0; i < queues.length; i++) queues[i]!.publish()
       if (this.#waiters.length > 0) this.#settle()
       if (ring.pending > 0) {
         // Without polling the submission is the wait as well.
@@ -160,7 +166,7 @@ export class Iothread implements CompletionSink, QueueOwner {
     for (let spins = 1; ; spins++) {
       for (let i = 0; i < queues.length; i++) {
         const queue = queues[i]!
-        if (queue.active && queue.vring.hasAvail()) return true
+        if (queue.hasWork()) return true
       }
       if (ring.hasCompletions()) return true
       if (spins % SPINS_PER_CLOCK === 0 && microseconds() >= deadline) return false
@@ -170,7 +176,7 @@ export class Iothread implements CompletionSink, QueueOwner {
   /** Asks all drivers for kicks. Returns true when one of them was faster. */
   #rearm(): boolean {
     let more = false
-    for (const queue of this.#queues) if (queue.active && queue.rearm()) more = true
+    for (const queue of this.#queues) if (queue.served && queue.rearm()) more = true
     return more
   }
 
@@ -198,7 +204,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         )
       }
       case 'enableQueue':
-        this.#queue(request.queue).enabled = request.enabled
+        this.#queue(request.queue).setEnabled(request.enabled)
         this.#recountKickless()
         return this.#done(id, 0)
       case 'setCall': {
@@ -219,7 +225,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         return this.#done(id, 0)
       case 'pause': {
         const queues = this.#queues.filter((queue) => queue.session === request.session)
-        for (const queue of queues) queue.paused = true
+        for (const queue of queues) queue.pause()
         return this.#when(
           id,
           () => queues.every((queue) => queue.drained),
@@ -227,7 +233,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         )
       }
       case 'resume':
-        for (const queue of this.#queues) if (queue.session === request.session) queue.paused = false
+        for (const queue of this.#queues) if (queue.session === request.session) queue.resume()
         return this.#done(id, 0)
       case 'setMemory': {
         const memory = new GuestMemory(request.regions)
@@ -237,6 +243,9 @@ export class Iothread implements CompletionSink, QueueOwner {
       }
       case 'endSession':
         this.#memory.delete(request.session)
+        return this.#done(id, 0)
+      case 'message':
+        this.#queue(request.queue).message(request.message)
         return this.#done(id, 0)
       case 'ping':
         return this.#done(id, 0)

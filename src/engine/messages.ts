@@ -51,6 +51,8 @@ export type Request =
   | { readonly kind: 'resume'; readonly session: number }
   | { readonly kind: 'setMemory'; readonly session: number; readonly regions: readonly RegionDescription[] }
   | { readonly kind: 'endSession'; readonly session: number }
+  /** For the handler of the queue, from its device's control half. */
+  | { readonly kind: 'message'; readonly queue: number; readonly message: unknown }
   | { readonly kind: 'ping' }
   | { readonly kind: 'stop' }
   /** Ends at once, whatever is in flight; the process is about to end. Not answered. */
@@ -74,4 +76,6 @@ export type Report =
       readonly code: RingErrorCode
       readonly message: string
     }
+  /** For the device's control half, from the handler of a queue. */
+  | { readonly kind: 'reported'; readonly session: number; readonly index: number; readonly message: unknown }
   | { readonly kind: 'deviceFailed'; readonly session: number; readonly index: number; readonly error: unknown }

@@ -23,6 +23,7 @@ export interface PoolOptions {
 export interface PoolEvents {
   ringBroken: [Extract<Report, { kind: 'ringBroken' }>]
   deviceFailed: [Extract<Report, { kind: 'deviceFailed' }>]
+  reported: [Extract<Report, { kind: 'reported' }>]
   /** An iothread ended with an error: its queues are served by nobody. */
   death: [unknown]
 }
@@ -84,6 +85,8 @@ export class IothreadHandle {
           return void events.emit('ringBroken', report)
         case 'deviceFailed':
           return void events.emit('deviceFailed', report)
+        case 'reported':
+          return void events.emit('reported', report)
       }
     })
     const die = (error: unknown) => {
@@ -161,6 +164,7 @@ export class IothreadHandle {
 
 export class IothreadPool extends EventEmitter<PoolEvents> {
   readonly threads: readonly IothreadHandle[]
+  readonly #groups = new Map<string, IothreadHandle>()
   #next = 0
 
   /** Starts the threads; `ready` tells when they run. */
@@ -174,10 +178,16 @@ export class IothreadPool extends EventEmitter<PoolEvents> {
     await Promise.all(this.threads.map((thread) => thread.ready()))
   }
 
-  /** The iothread of the next queue: queues go round, so that those of one device spread. */
-  assign(): IothreadHandle {
+  /**
+   * The iothread of the next queue: queues go round, so that those of one device spread, but those of one group stay
+   * together.
+   */
+  assign(group?: string): IothreadHandle {
+    const together = group === undefined ? undefined : this.#groups.get(group)
+    if (together !== undefined) return together
     const thread = this.threads[this.#next % this.threads.length]!
     this.#next++
+    if (group !== undefined) this.#groups.set(group, thread)
     return thread
   }
 

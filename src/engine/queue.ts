@@ -2,7 +2,7 @@
  * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls,
  * and stops. Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
  */
-import { type Chain, DeviceError, type QueueContext, type QueueHandler } from '../device/index.ts'
+import { type Chain, DeviceError, type QueueContext, type QueueHandler, type ReceiveHandler } from '../device/index.ts'
 import { VIRTIO_F_RING_PACKED } from '../virtio/constants.ts'
 import { hasFeature } from '../virtio/features.ts'
 import type { GuestMemory } from '../virtio/memory.ts'
@@ -12,6 +12,7 @@ import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS, QueueCounter
 import { Io } from './io.ts'
 import type { StartQueue } from './messages.ts'
 import { IORING_CQE_F_MORE, type IoRing, WRITE_PLAIN } from './ring.ts'
+import { Watches } from './watches.ts'
 
 /** What a completion belongs to: the low byte of user_data's high word. */
 export const OP_DEVICE = 0
@@ -20,6 +21,8 @@ export const OP_CALL = 2
 export const OP_WAKE = 3
 export const OP_CANCEL_KICK = 4
 export const OP_CANCEL_CALL = 5
+export const OP_WATCH = 6
+export const OP_CANCEL_WATCH = 7
 
 const EAGAIN = -11
 const EALREADY = -114
@@ -40,6 +43,7 @@ export interface QueueOwner {
   readonly oneAddress: number
   ringBroke(queue: Queue): void
   deviceFailed(queue: Queue, error: unknown): void
+  reported(queue: Queue, message: unknown): void
 }
 
 export class Queue implements QueueContext {
@@ -53,14 +57,17 @@ export class Queue implements QueueContext {
   /** Chains popped and not yet pushed. */
   inFlight = 0
   enabled: boolean
-  paused = false
   stopping = false
+  #paused = false
   /** The driver doesn't kick: the iothread must not sleep while this ring is served. */
   kickless: boolean
   readonly #owner: QueueOwner
   readonly #counters: QueueCounters
   readonly #generation: number
+  /** One of the two, by the kind of the device's handler. */
   #handler: QueueHandler | undefined
+  #receiver: ReceiveHandler | undefined
+  readonly #watches: Watches
   #kickFd: number
   #callFd: number
   /** The multishot poll of the kick fd is in the ring. */
@@ -98,23 +105,40 @@ export class Queue implements QueueContext {
     this.#callFd = start.callFd
     this.kickless = start.kickFd < 0
     this.vring = new SplitRing(memory, start.vring)
-    this.io = new Io(owner.ring, start.queue, OP_DEVICE)
+    this.#watches = new Watches(owner.ring, start.queue << 16, this.#tag(OP_WATCH), this.#tag(OP_CANCEL_WATCH))
+    this.io = new Io(owner.ring, start.queue, OP_DEVICE, this.#watches)
   }
 
   /** Attaches the device's handler and begins to listen for kicks. */
-  begin(handler: QueueHandler): void {
-    this.#handler = handler
+  begin(handler: QueueHandler | ReceiveHandler): void {
+    if ('receive' in handler) {
+      this.#receiver = handler
+      // Until it waits for chains it needs no kick.
+      this.vring.suppress()
+    } else this.#handler = handler
     this.#armKick()
   }
 
-  /** Chains may be popped. */
+  /** Chains may be popped for their purpose. */
   get active(): boolean {
-    return this.enabled && !this.paused && !this.stopping && !this.#broken
+    return this.enabled && !this.#paused && !this.stopping && !this.#broken
+  }
+
+  /** `drain` may be called: as `active`, or a disabled ring's chains are discarded. */
+  get served(): boolean {
+    return (this.enabled || this.#handler?.discard !== undefined) && !this.#paused && !this.stopping && !this.#broken
+  }
+
+  /** Chains are there that somebody would take: one atomic load, for polling. */
+  hasWork(): boolean {
+    const receiver = this.#receiver
+    if (receiver !== undefined) return this.active && receiver.waiting && this.vring.hasAvail()
+    return this.served && this.vring.hasAvail()
   }
 
   /** Nothing of this queue is with the kernel or the device. */
   get atRest(): boolean {
-    return this.drained && !this.#calling && !(this.stopping && this.#kickArmed)
+    return this.drained && !this.#calling && !(this.stopping && (this.#kickArmed || this.#watches.armed))
   }
 
   /** No chain is in flight; after a failure of the device, which may have lost chains, no I/O is. */
@@ -129,7 +153,8 @@ export class Queue implements QueueContext {
 
   /** Pops and handles up to a batch of chains. Returns how many. */
   drain(): number {
-    const { vring } = this
+    if (this.#receiver !== undefined) return this.#receive(this.#receiver)
+    const { vring, enabled } = this
     const handler = this.#handler!
     const now = this.#owner.now
     const ring = this.#owner.ring
@@ -141,28 +166,66 @@ export class Queue implements QueueContext {
         chain.poppedAt = now
         this.inFlight++
         count++
-        handler.handle(chain)
+        if (enabled) handler.handle(chain)
+        else handler.discard!(chain)
       }
+      if (count > 0) handler.endBatch?.()
     } catch (error) {
       this.#fail(error)
     }
-    if (count > 0) {
-      this.#counters.add(CHAINS, count)
-      if (!this.#suppressed) {
-        this.#suppressed = true
-        vring.suppress()
-      }
-    }
+    if (count > 0) this.#popped(count)
     if (vring.error !== undefined && !this.#broken) this.#break()
     return count
   }
 
-  complete(chain: Chain, written: number, operation: number, bytes: number): void {
-    if (!chain.inFlight) throw new DeviceError('ERR_DEVICE_COMPLETED_TWICE', `chain ${chain.head} was completed twice`)
+  #receive(receiver: ReceiveHandler): number {
+    try {
+      return receiver.receive()
+    } catch (error) {
+      this.#fail(error)
+      return 0
+    }
+  }
+
+  #popped(count: number): void {
+    this.#counters.add(CHAINS, count)
+    if (this.#suppressed) return
+    this.#suppressed = true
+    this.vring.suppress()
+  }
+
+  take(): Chain | undefined {
+    if (!this.active) return undefined
+    const chain = this.vring.pop()
+    if (chain === undefined) {
+      if (this.vring.error !== undefined) this.#break()
+      return undefined
+    }
+    this.inFlight++
+    this.#popped(1)
+    return chain
+  }
+
+  untake(chain: Chain): void {
+    this.vring.unpop(chain)
+    this.inFlight--
+    this.#counters.add(CHAINS, -1)
+  }
+
+  give(chain: Chain, written: number): void {
+    if (!chain.inFlight) throw completedTwice(chain)
     this.vring.push(chain, written)
     this.inFlight--
     this.#completed++
     this.#counters.add(COMPLETED, 1)
+  }
+
+  report(message: unknown): void {
+    this.#owner.reported(this, message)
+  }
+
+  complete(chain: Chain, written: number, operation: number, bytes: number): void {
+    this.give(chain, written)
     this.#counters.request(operation, bytes, this.#owner.now - chain.poppedAt)
   }
 
@@ -194,6 +257,8 @@ export class Queue implements QueueContext {
 
   /** Before a sleep: asks for kicks. Returns true when chains are waiting already. */
   rearm(): boolean {
+    // One that waits for nothing but its fd sleeps without kicks.
+    if (this.#receiver !== undefined && !this.#receiver.waiting) return false
     if (!this.#suppressed) return this.vring.hasAvail()
     this.#suppressed = false
     return this.vring.rearm()
@@ -206,7 +271,7 @@ export class Queue implements QueueContext {
         this.io.outstanding--
         if (this.#failed) return
         try {
-          this.#handler!.completed(this.vring.chain(low & 0xffff), result)
+          this.#handler!.completed!(this.vring.chain(low & 0xffff), result)
         } catch (error) {
           this.#fail(error)
         }
@@ -236,6 +301,20 @@ export class Queue implements QueueContext {
       case OP_CANCEL_CALL:
         if (result === EALREADY && high >>> 8 === this.#generation) this.#cancelCall()
         return
+      case OP_WATCH: {
+        if (high >>> 8 !== this.#generation) return
+        const fd = this.#watches.event(low & 0xffff, result, flags)
+        if (fd < 0 || this.#failed) return
+        try {
+          ;(this.#receiver ?? this.#handler)?.readable?.(fd)
+        } catch (error) {
+          this.#fail(error)
+        }
+        return
+      }
+      case OP_CANCEL_WATCH:
+        if (high >>> 8 === this.#generation) this.#watches.cancelled(low & 0xffff, result)
+        return
     }
   }
 
@@ -262,9 +341,31 @@ export class Queue implements QueueContext {
 
   /** Stops popping for good; `atRest` tells when the rest is done. */
   stop(): void {
+    this.#release()
     this.stopping = true
+    this.#watches.end()
     this.#cancelKick()
     this.#cancelCall()
+  }
+
+  setEnabled(enabled: boolean): void {
+    if (!enabled) this.#release()
+    this.enabled = enabled
+  }
+
+  /** Stops popping for a while, for another memory; `drained` tells when nothing is in flight. */
+  pause(): void {
+    this.#release()
+    this.#paused = true
+  }
+
+  resume(): void {
+    this.#paused = false
+  }
+
+  /** A message of the device's control half. */
+  message(message: unknown): void {
+    this.#tell(() => (this.#receiver ?? this.#handler)?.message?.(message))
   }
 
   /** Listens on another kick fd. */
@@ -277,7 +378,23 @@ export class Queue implements QueueContext {
   }
 
   close(): void {
-    this.#handler?.close?.()
+    ;(this.#receiver ?? this.#handler)?.close?.()
+  }
+
+  /** The chains that a receiver holds go back to the ring. */
+  #release(): void {
+    const receiver = this.#receiver
+    if (receiver === undefined || this.#failed) return
+    this.#tell(() => receiver.release())
+  }
+
+  /** Calls the handler outside of a batch. */
+  #tell(call: () => void): void {
+    try {
+      call()
+    } catch (error) {
+      this.#fail(error)
+    }
   }
 
   #armKick(): void {
@@ -318,6 +435,7 @@ export class Queue implements QueueContext {
   }
 
   #break(): void {
+    if (this.#broken) return
     this.#broken = true
     this.#counters.add(BROKEN, 1)
     this.#owner.ringBroke(this)
@@ -326,4 +444,8 @@ export class Queue implements QueueContext {
   #tag(operation: number): number {
     return (this.#generation << 8) | operation
   }
+}
+
+function completedTwice(chain: Chain): DeviceError {
+  return new DeviceError('ERR_DEVICE_COMPLETED_TWICE', `chain ${chain.head} was completed twice`)
 }

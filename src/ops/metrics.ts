@@ -1,9 +1,11 @@
 /**
- * /metrics: a {@link DaemonSnapshot} as Prometheus text, plus prom-client's metrics of the process. {@link METRICS}
- * is the list, which README shows. Counting happens elsewhere, in plain shared memory; nothing here runs until
- * somebody asks. It loads prom-client (40 ms): import it at the first scrape, not at the start.
+ * /metrics: a {@link DaemonSnapshot} as Prometheus text: virtiod's metrics ({@link METRICS}), those that devices
+ * declare, and prom-client's of the process. README lists the first two. A metric that has no sample is left out: a
+ * device without operations shows no requests. Counting happens elsewhere, in plain shared memory; nothing here runs
+ * until somebody asks. It loads prom-client (40 ms): import it at the first scrape, not at the start.
  */
 import { collectDefaultMetrics, type Metric, Registry } from 'prom-client'
+import type { DeviceMetric } from '../device/index.ts'
 import { type DaemonSnapshot, type DeviceSnapshot, LATENCY_BUCKETS, type QueueSnapshot } from './snapshot.ts'
 
 interface Sample {
@@ -185,32 +187,54 @@ export async function renderMetrics(snapshot: DaemonSnapshot): Promise<string> {
     collectDefaultMetrics({ register: processRegistry, eventLoopMonitoringPrecision: 100 })
   }
   const registry = new Registry()
-  const types = [...new Set(snapshot.devices.map(({ type }) => type))]
   for (const row of METRICS) {
-    if (!row.name.includes('<type>')) register(registry, row, row.name, snapshot.devices, snapshot)
-    else {
-      for (const type of types) {
-        const devices = snapshot.devices.filter((device) => device.type === type)
-        register(registry, row, row.name.replace('<type>', type), devices, snapshot)
-      }
+    const { name } = row
+    if (!name.includes('<type>')) register(registry, row, name, row.collect(snapshot.devices, snapshot, name))
+  }
+  const types = [...new Set(snapshot.devices.map(({ type }) => type))]
+  for (const type of types) {
+    const devices = snapshot.devices.filter((device) => device.type === type)
+    for (const row of METRICS) {
+      const name = row.name.replace('<type>', type)
+      if (name !== row.name) register(registry, row, name, row.collect(devices, snapshot, name))
+    }
+    // Devices of a type have one definition, and with it the same metrics.
+    for (const metric of devices[0]!.metrics) {
+      register(registry, metric, deviceMetricName(type, metric), ownSamples(devices, metric))
     }
   }
   return `${await registry.metrics()}\n${await processRegistry.metrics()}`
 }
 
+/** The full name of a device's own metric. @param type `DeviceDefinition.name` */
+export function deviceMetricName(type: string, metric: DeviceMetric): string {
+  return `virtiod_${type}_${metric.name}`
+}
+
 function register(
   registry: Registry,
-  { type, help, collect }: MetricRow,
+  { type, help }: Pick<MetricRow, 'type' | 'help'>,
   name: string,
-  devices: readonly DeviceSnapshot[],
-  snapshot: DaemonSnapshot
+  samples: Iterable<Sample>
 ): void {
-  const metric = {
-    name,
-    get: async () => ({ name, help, type, aggregator: 'sum', values: [...collect(devices, snapshot, name)] }),
-  }
+  const values = [...samples]
+  if (values.length === 0) return
+  const metric = { name, get: async () => ({ name, help, type, aggregator: 'sum', values }) }
   // The registry asks a metric for its name and its values; its typings list prom-client's own classes only.
   registry.registerMetric(metric as unknown as Metric)
+}
+
+/** Labels in the order of the declaration, whatever order the device gives them in: `device` is the first. */
+function* ownSamples(devices: readonly DeviceSnapshot[], { name, labels: names }: DeviceMetric): Iterable<Sample> {
+  for (const device of devices) {
+    for (const { metric, labels: given, value } of device.samples) {
+      if (metric !== name) continue
+      const labels: Record<string, string | number> = { device: device.name }
+      // An empty label is to Prometheus the same as none.
+      for (const label of names) labels[label] = given[label] ?? ''
+      yield { labels, value }
+    }
+  }
 }
 
 function* perDevice(devices: readonly DeviceSnapshot[], value: (device: DeviceSnapshot) => number): Iterable<Sample> {

@@ -2,6 +2,7 @@
  * What the daemon tells about itself: plain numbers, read from shared memory when somebody asks. The daemon fills it
  * (`Daemon.snapshot()`); metrics and later pages only read it. It must not know how counters are stored.
  */
+import type { DeviceMetric, DeviceSample } from '../device/index.ts'
 
 /** The whole daemon at one moment. All totals count from the start of the process and never go back. */
 export interface DaemonSnapshot {
@@ -25,6 +26,10 @@ export interface DeviceSnapshot {
   /** Sessions that ended because the front-end broke the protocol. */
   readonly protocolErrorsTotal: number
   readonly queues: readonly QueueSnapshot[]
+  /** `DeviceDefinition.metrics`, the same for all devices of a type; empty without. */
+  readonly metrics: readonly DeviceMetric[]
+  /** `Device.samples()` now; empty without. */
+  readonly samples: readonly DeviceSample[]
 }
 
 export interface QueueSnapshot {

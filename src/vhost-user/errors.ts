@@ -23,6 +23,7 @@ export const PROTOCOL_ERRORS = {
   ERR_PROTOCOL_MEMORY: 'a memory region is misaligned, overlaps, exceeds its file, cannot be mapped or is unknown',
   ERR_PROTOCOL_VRING: 'a ring has a wrong index, size, address or state for the request',
   ERR_PROTOCOL_CONFIG: 'the config space was accessed out of bounds or a read-only field was written',
+  ERR_PROTOCOL_MTU: 'the network card cannot have the MTU that the front-end wants',
   ERR_PROTOCOL_PEER: 'the front-end ended inside a message or does not read its replies',
 } as const
 

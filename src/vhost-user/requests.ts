@@ -172,6 +172,15 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
     },
     { feature: wire.VHOST_USER_PROTOCOL_F_CONFIG }
   ),
+  [wire.VHOST_USER_SEND_RARP]: effect(
+    8,
+    (session, payload) =>
+      session.announce(new Uint8Array(payload.buffer.slice(payload.byteOffset, payload.byteOffset + 6))),
+    { feature: wire.VHOST_USER_PROTOCOL_F_RARP }
+  ),
+  [wire.VHOST_USER_NET_SET_MTU]: effect(8, (session, payload) => session.setMtu(payload.getBigUint64(0, true)), {
+    feature: wire.VHOST_USER_PROTOCOL_F_MTU,
+  }),
   [wire.VHOST_USER_RESET_DEVICE]: effect(0, (session) => session.resetDevice(), {
     feature: wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   }),

@@ -6,9 +6,10 @@
  * It owns the fds and the memory of the front-end. It must not know iothreads: rings are served by a {@link RingHost}.
  */
 import { readlinkSync } from 'node:fs'
+import type { NetworkRequests } from '../device/index.ts'
 import { native } from '../native.ts'
 import { VHOST_USER_F_PROTOCOL_FEATURES } from '../virtio/constants.ts'
-import { hasFeature } from '../virtio/features.ts'
+import { featureSet, hasFeature } from '../virtio/features.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import type { VringConfig } from '../virtio/vring.ts'
 import { BackendChannel } from './backend-channel.ts'
@@ -26,6 +27,8 @@ import {
   VHOST_USER_PROTOCOL_F_CONFIG,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
   VHOST_USER_PROTOCOL_F_MQ,
+  VHOST_USER_PROTOCOL_F_MTU,
+  VHOST_USER_PROTOCOL_F_RARP,
   VHOST_USER_PROTOCOL_F_REPLY_ACK,
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_VRING_IDX_MASK,
@@ -45,7 +48,8 @@ export const PROTOCOL_FEATURES = [
   VHOST_USER_PROTOCOL_F_RESET_DEVICE,
   VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
 ]
-const OFFERED_PROTOCOL_FEATURES = PROTOCOL_FEATURES.reduce((set, bit) => set | (1n << BigInt(bit)), 0n)
+/** What network cards speak beside that. */
+export const NETWORK_PROTOCOL_FEATURES = [VHOST_USER_PROTOCOL_F_RARP, VHOST_USER_PROTOCOL_F_MTU]
 
 /** How a ring is started. */
 export interface RingStart {
@@ -63,6 +67,8 @@ export interface RingHost {
   readonly features: bigint
   readonly numQueues: number
   readonly maxQueueSize: number
+  /** Requests that only network cards serve. */
+  readonly network: NetworkRequests | undefined
   config(): Uint8Array
   writeConfig(offset: number, bytes: Uint8Array): boolean
   negotiated(features: bigint): void
@@ -173,11 +179,11 @@ export class Session {
   }
 
   get offeredProtocolFeatures(): bigint {
-    return OFFERED_PROTOCOL_FEATURES
+    return featureSet(...PROTOCOL_FEATURES, ...(this.host.network === undefined ? [] : NETWORK_PROTOCOL_FEATURES))
   }
 
   setProtocolFeatures(features: bigint): void {
-    const extra = features & ~OFFERED_PROTOCOL_FEATURES
+    const extra = features & ~this.offeredProtocolFeatures
     if (extra !== 0n) throw new ProtocolError('ERR_PROTOCOL_FEATURES', `bits 0x${extra.toString(16)} were not offered`)
     this.#protocolFeatures = features
   }
@@ -344,6 +350,17 @@ export class Session {
     const channel = new BackendChannel(fd)
     this.#backend?.[Symbol.dispose]()
     this.#backend = channel
+  }
+
+  /** SEND_RARP. @param mac the low six bytes of the payload */
+  announce(mac: Uint8Array): void {
+    this.host.network?.announce(mac)
+  }
+
+  setMtu(mtu: bigint): void {
+    if (mtu > 65535n || this.host.network?.setMtu(Number(mtu)) !== true) {
+      throw new ProtocolError('ERR_PROTOCOL_MTU', `an MTU of ${mtu} bytes cannot be had`)
+    }
   }
 
   get maxMemorySlots(): number {

@@ -108,10 +108,15 @@ export class Chain {
 
   /** Little-endian u32 at `at` of the device-readable part. @throws RangeError beyond it */
   readU32(at: number): number {
-    // The usual case, a header in one aligned descriptor, is one load.
+    // The usual case, a header in one descriptor, is one load, or four: network packets are not aligned.
     if (this.readableCount > 0 && at + 4 <= this.length[0]!) {
       const offset = this.offset[0]! + at
-      if (offset % 4 === 0) return this.regions[this.region[0]!]!.words[offset / 4]!
+      const region = this.regions[this.region[0]!]!
+      if (offset % 4 === 0) return region.words[offset / 4]!
+      const { bytes } = region
+      return (
+        (bytes[offset]! | (bytes[offset + 1]! << 8) | (bytes[offset + 2]! << 16) | (bytes[offset + 3]! << 24)) >>> 0
+      )
     }
     return (this.readU16(at) | (this.readU16(at + 2) << 16)) >>> 0
   }

@@ -133,6 +133,11 @@ export class SplitRing implements Vring {
     return chain
   }
 
+  unpop(chain: Chain): void {
+    chain.inFlight = false
+    this.#lastAvail = (this.#lastAvail - 1) & 0xffff
+  }
+
   #take(head: number): Chain | undefined {
     if (head >= this.size) {
       this.#fail('ERR_RING_HEAD')

@@ -31,6 +31,8 @@ export interface Vring {
   setMemory(memory: GuestMemory): void
   /** The next available chain, read once and checked; undefined when there is none or the ring is broken. */
   pop(): Chain | undefined
+  /** Takes back the last `pop`, whose chain was not used: it is the next one again. In reverse order for several. */
+  unpop(chain: Chain): void
   /** The chain in flight under this head. */
   chain(head: number): Chain
   /** Gives a chain back with `written` bytes; the driver sees it after `publish`. */

@@ -26,6 +26,11 @@ export interface Completion {
   readonly bytes: number
 }
 
+/** What a disk has no use for. */
+function unused(): never {
+  throw new Error('not for disks')
+}
+
 class FakeIo implements DeviceIo {
   readonly operations: Operation[] = []
   readonly open: number[] = []
@@ -44,6 +49,12 @@ class FakeIo implements DeviceIo {
     this.allocated++
     return { bytes: new Uint8Array(length), address: 4096 }
   }
+
+  watch = unused
+  unwatch = unused
+  packetSender = unused
+  packetReceiver = unused
+  copyBatch = unused
 
   read(chain: Chain, _file: IoFile, offset: number, start: number, length: number): void {
     if (start + length > chain.writable || length <= 0) throw new RangeError('read outside the chain')
@@ -105,6 +116,12 @@ export class FakeContext implements QueueContext {
   readonly io = new FakeIo()
   readonly completions: Completion[] = []
   readonly errors: number[] = []
+
+  readonly active = true
+  take = unused
+  untake = unused
+  give = unused
+  report = unused
 
   constructor(features: bigint) {
     this.features = features
@@ -204,7 +221,7 @@ export class Bench {
   end(result?: number): Operation {
     const operation = this.operations.shift()
     if (operation === undefined) throw new Error('no operation is under way')
-    this.handler.completed(operation.chain, result ?? operation.length)
+    this.handler.completed!(operation.chain, result ?? operation.length)
     return operation
   }
 

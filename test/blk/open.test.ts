@@ -24,6 +24,7 @@ import type { BlkQueueData } from '../../devices/blk/shared.ts'
 import { BlkState } from '../../devices/blk/shared.ts'
 import { ConfigError, type Device, type DeviceHost, type FileInfo } from '../../src/device/index.ts'
 import { fileInfo, lockFile, probeFallocate } from '../../src/engine/files.ts'
+import { networkHost } from '../../src/engine/network.ts'
 import * as blk from '../../src/virtio/blk.ts'
 import { featureSet, hasFeature } from '../../src/virtio/features.ts'
 
@@ -35,6 +36,9 @@ const note = (details: object) => void log.push(details)
 const host = (change: Partial<DeviceHost> = {}): DeviceHost => ({
   log: { debug: note, info: note, warn: note, error: note },
   fileInfo,
+  daemon: log,
+  network: networkHost,
+  send: () => {},
   lockFile,
   fallocate: probeFallocate,
   configChanged: () => {},

@@ -8,6 +8,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Worker } from 'node:worker_threads'
 import { native } from '../../src/native.ts'
+import { Vectors } from './network.ts'
 import { allocated, fdOf, haveUring, mapped, OP, SQE_LINK, SQE_SKIP_SUCCESS, TestRing, until } from './support.ts'
 
 const collect = (globalThis as unknown as { gc: () => void }).gc
@@ -103,6 +104,71 @@ function memory(): void {
   native.release(1)
 }
 
+function packets(): void {
+  // An eventfd takes and gives eight bytes at a time, as a tap does packets; the arrays are as long as they must be.
+  const event = fdOf(native.eventfd(0), 'eventfd')
+  const vectors = new Vectors()
+  for (const shape of [
+    [],
+    [8],
+    [4, 4],
+    [1, 1, 6],
+    [8, 8, 8],
+    Array<number>(1024).fill(8),
+    Array<number>(1025).fill(8),
+  ]) {
+    for (const chainCount of [0, 1, 2, 5]) {
+      vectors.clear()
+      for (let i = 0; i < chainCount; i++) for (const length of shape) vectors.add(length).fill(1)
+      const chains = new Int32Array(chainCount).fill(shape.length)
+      for (const mergeable of [false, true]) {
+        for (const maxPackets of [0, 1, 4]) {
+          native.sendPackets(event, vectors.address, chains.slice(), chainCount)
+          const results = new Int32Array(maxPackets + 1)
+          native.receivePackets(event, vectors.address, chains, chainCount, 8, mergeable, results, maxPackets)
+          native.receivePackets(event, vectors.address, chains, chainCount, 20, mergeable, results, maxPackets)
+        }
+      }
+    }
+  }
+  native.close(event)
+  const fd = fdOf(native.memfd('asan', 8192, 0), 'memfd')
+  const gone = mapped(fd, 0, 8192)
+  ftruncateSync(fd, 4096)
+  const { address } = allocated(8192)
+  native.copy(Float64Array.of(address, address + 4096, 4096, address + 1, gone.address + 4000, 4000, 0, 0, 0), 3)
+  if (native.faults(gone.address) !== 1) throw new Error('the guard did not catch it')
+  native.copy(new Float64Array(0), 0)
+  native.eventfdRead(native.faultEventFd())
+  native.close(fd)
+}
+
+/** Nothing that would change this machine's network: names that are no tap's, and links that there are not. */
+function links(): void {
+  const mac = Uint8Array.of(2, 0, 0, 0, 0, 1)
+  for (const name of ['', 'lo:1', 'x'.repeat(15), 'x'.repeat(16), 'x'.repeat(1000), 'lo\0', 'ünïcödé']) {
+    native.linkInfo(name, new Int32Array(11))
+    native.linkSetUp(name, true)
+    native.linkSetMtu(name, 1500)
+    native.linkSetAddress(name, mac)
+    native.bridgeAdd(name, name)
+    native.bridgeAdd('lo', name)
+    native.packetSocket(name, true)
+  }
+  native.linkInfo('lo', new Int32Array(11))
+  for (const name of ['lo', 'a/b', 'x'.repeat(16)]) native.tapOpen(name, true)
+  const socket = native.packetSocket('lo', true)
+  if (socket >= 0) native.close(socket)
+  const tun = openSync('/dev/null', 'r+')
+  for (const fd of [-1, tun]) {
+    native.tapInfo(fd, new Int32Array(3))
+    native.tapSetHeaderSize(fd, 12)
+    native.tapSetOffload(fd, 2 ** 32 - 1)
+    native.tapSetQueue(fd, false)
+  }
+  native.close(tun)
+}
+
 function ring(emulate: boolean): void {
   const ring = new TestRing(emulate)
   const memory = allocated(65_536)
@@ -176,6 +242,8 @@ for (let round = 0; round < 3; round++) {
   descriptors()
   sockets()
   memory()
+  packets()
+  links()
   for (const emulate of haveUring ? [false, true] : [true]) {
     for (let i = 0; i < 5; i++) ring(emulate)
     await workers(emulate)

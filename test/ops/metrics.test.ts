@@ -41,9 +41,36 @@ const device: DeviceSnapshot = {
   sessionsTotal: 3,
   protocolErrorsTotal: 4,
   queues: [queue, unused],
+  metrics: [],
+  samples: [],
+}
+/** Its chains are no requests; it counts in its own way. */
+const card: DeviceSnapshot = {
+  ...device,
+  name: 'net0',
+  type: 'net',
+  sessionUp: false,
+  queues: [{ ...queue, broken: true, operations: [], errors: [] }],
+  metrics: [
+    { name: 'packets_total', type: 'counter', labels: ['queue', 'direction'], help: 'Packets' },
+    { name: 'switch_table_entries', type: 'gauge', labels: ['switch'], help: 'Addresses' },
+    { name: 'resets_total', type: 'counter', labels: [], help: 'Resets' },
+    { name: 'idle_total', type: 'counter', labels: ['queue'], help: 'Nothing has it' },
+  ],
+  samples: [
+    { metric: 'packets_total', labels: { direction: 'rx', queue: 0 }, value: 21 },
+    { metric: 'packets_total', labels: { direction: 'tx', queue: 3 }, value: 22 },
+    { metric: 'switch_table_entries', labels: { switch: 'lan "a"' }, value: 23 },
+    { metric: 'resets_total', labels: {}, value: 0 },
+  ],
+}
+const secondCard: DeviceSnapshot = {
+  ...card,
+  name: 'net1',
+  samples: [{ metric: 'packets_total', labels: { queue: 0, direction: 'rx' }, value: 24 }],
 }
 const snapshot: DaemonSnapshot = {
-  devices: [device, { ...device, name: 'net0', type: 'net', sessionUp: false, queues: [{ ...queue, broken: true }] }],
+  devices: [device, card, { ...device, name: 'blk1' }, secondCard],
   iothreads: [
     { index: 0, backend: 'io_uring', pollHits: 5, pollMisses: 6 },
     { index: 1, backend: 'emulated', pollHits: 0, pollMisses: 0 },
@@ -57,7 +84,7 @@ async function lines(of: DaemonSnapshot = snapshot): Promise<Set<string>> {
 test.each([
   'virtiod_blk_requests_total{device="blk0",queue="0",op="read"} 6',
   'virtiod_blk_requests_total{device="blk0",queue="0",op="write"} 0',
-  'virtiod_net_requests_total{device="net0",queue="0",op="read"} 6',
+  'virtiod_blk_requests_total{device="blk1",queue="0",op="read"} 6',
   'virtiod_blk_bytes_total{device="blk0",queue="0",op="read"} 24576',
   'virtiod_blk_errors_total{device="blk0",queue="0",kind="io"} 16',
   'virtiod_session_up{device="blk0"} 1',
@@ -80,13 +107,23 @@ test.each([
   'virtiod_iothread_info{iothread="1",backend="emulated"} 1',
   '# TYPE virtiod_blk_requests_total counter',
   '# TYPE virtiod_vring_inflight gauge',
+  'virtiod_net_packets_total{device="net0",queue="0",direction="rx"} 21',
+  'virtiod_net_packets_total{device="net0",queue="3",direction="tx"} 22',
+  'virtiod_net_packets_total{device="net1",queue="0",direction="rx"} 24',
+  'virtiod_net_switch_table_entries{device="net0",switch="lan \\"a\\""} 23',
+  'virtiod_net_resets_total{device="net0"} 0',
+  '# TYPE virtiod_net_packets_total counter',
+  '# TYPE virtiod_net_switch_table_entries gauge',
+  '# HELP virtiod_net_switch_table_entries Addresses',
   '# TYPE virtiod_blk_request_duration_seconds histogram',
 ])('%s', async (line) => {
   expect(await lines()).toContain(line)
 })
 
 test('latencies are cumulative buckets in seconds, and operations that never ran have none', async () => {
-  const duration = [...(await lines())].filter((line) => line.startsWith('virtiod_blk_request_duration_seconds'))
+  const duration = [...(await lines({ ...snapshot, devices: [device] }))].filter((line) =>
+    line.startsWith('virtiod_blk_request_duration_seconds')
+  )
   const labels = 'device="blk0",queue="0",op="read"'
   expect(duration).toHaveLength(LATENCY_BUCKETS + 3)
   expect(duration[0]).toBe(`virtiod_blk_request_duration_seconds_bucket{le="0.000001",${labels}} 1`)
@@ -113,10 +150,26 @@ test('every metric of the table is there, with the labels it names, and no other
     const [, found = ''] = new RegExp(`^${full}${suffix}\\{([^}]*)\\}`, 'm').exec(text) ?? []
     expect(found.match(/\w+(?==")/g)?.toSorted(), name).toEqual([...labels].sort())
   }
-  const names = [...text.matchAll(/^# TYPE (virtiod_\w+)/gm)].map((match) =>
-    match[1]!.replace(/_(blk|net)_/, '_<type>_')
-  )
-  expect(new Set(names)).toEqual(new Set(METRICS.map(({ name }) => name)))
+  const own = card.metrics.filter(({ name }) => name !== 'idle_total').map(({ name }) => `virtiod_net_${name}`)
+  const names = [...text.matchAll(/^# TYPE (virtiod_\w+)/gm)].map((match) => match[1]!)
+  // A name that came twice would be in here twice.
+  expect(names.sort()).toEqual([...METRICS.map(({ name }) => name.replace('<type>', 'blk')), ...own].sort())
+})
+
+test('a metric without samples is not there: not one that nobody gives, not requests of a device that has none', async () => {
+  const text = await renderMetrics({ devices: [card, { ...device, queues: [] }], iothreads: [] })
+  expect(text).toContain('virtiod_net_packets_total')
+  expect(text).toContain('virtiod_vring_kicks_total{device="net0",queue="0"} 10')
+  expect(text).not.toMatch(/virtiod_(iothread|(net|blk)_(idle|requests|bytes|errors|request_duration))/)
+})
+
+test("a device's metric that has the name of another one is an error, not a double", async () => {
+  const clash: DeviceSnapshot = {
+    ...device,
+    metrics: [{ name: 'requests_total', type: 'counter', labels: [], help: '' }],
+    samples: [{ metric: 'requests_total', labels: {}, value: 1 }],
+  }
+  await expect(renderMetrics({ devices: [clash], iothreads: [] })).rejects.toThrow('virtiod_blk_requests_total')
 })
 
 test('the process is described too, and a daemon without devices is valid', async () => {
