@@ -169,7 +169,7 @@ export class Queue implements QueueContext {
         if (enabled) handler.handle(chain)
         else handler.discard!(chain)
       }
-      if (count > 0) handler.endBatch?.()
+      if (count > 0 && enabled) handler.endBatch?.()
     } catch (error) {
       this.#fail(error)
     }

@@ -56,15 +56,13 @@ export class Watches implements FdWatcher {
   /** A completion of a poll. Returns the fd to tell of, or -1. */
   event(index: number, result: number, flags: number): number {
     const watch = this.#watches[index]!
-    if ((flags & IORING_CQE_F_MORE) === 0) {
-      watch.armed = false
-      if (!watch.ended) {
-        // The kernel ran out of room for a completion: start it again. An error is the fd's; reading it tells.
-        if (result >= 0) this.#arm(index)
-        else watch.ended = true
-      }
-    }
-    return watch.ended && result >= 0 ? -1 : watch.fd
+    const more = (flags & IORING_CQE_F_MORE) !== 0
+    if (!more) watch.armed = false
+    if (watch.ended) return -1
+    // The kernel ran out of room for a completion: start it again. An error is the fd's; reading it tells.
+    if (!more && result >= 0) this.#arm(index)
+    else if (!more) watch.ended = true
+    return watch.fd
   }
 
   /** A completion of a cancellation: -ENOENT says that the poll ended by itself, -EALREADY that it was busy. */
