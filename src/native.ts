@@ -241,9 +241,9 @@ export interface Native {
    * array of struct iovec; chains[c] is the number of vectors of chain c, for c in 0 … chainCount − 1, one behind the
    * other. Each packet gets a window of chains from the next unused one on: with `mergeable` as many as hold
    * `maxPacket` bytes (1 or more), else one; it then uses up as many whole chains as the bytes that came need, at least
-   * one. Stops when the window is smaller than `maxPacket` or has more than 1024 vectors, at `maxPackets`, or when readv
-   * fails. results[i] = bytes of packet i; behind the last packet why it stopped: -errno of readv (-EAGAIN = nothing
-   * left), else 0. results.length > maxPackets. Returns the number of packets. A packet that is longer than its window
+   * one. Stops when the window is smaller than `maxPacket` or has more than 1024 vectors, at `maxPackets`, or when
+   * readv fails. results[i] = bytes of packet i; behind the last packet why it stopped: -errno of readv (-EAGAIN =
+   * nothing left), else 0. results.length > maxPackets. Returns the number of packets. A packet that is longer than its window
    * is cut off without a word.
    */
   receivePackets(

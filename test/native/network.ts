@@ -11,8 +11,8 @@ const LOCAL_EXPERIMENTAL = 0x88b5
 
 /**
  * Runs TypeScript source in a child that is alone in a new network namespace without IPv6, whose packets nobody asked
- * for, and has `native`, `support`, `network` and `ip` (iproute2's) in scope. `setup` is a shell script that runs before
- * it, in a mount namespace of its own; `exec "$@"` at its end may stand behind a command that takes privileges away.
+ * for, and has `native`, `support`, `network` and `ip` (iproute2's) in scope. `setup` is a shell script that runs
+ * before it, in a mount namespace of its own; `exec "$@"` at its end may stand behind a command that takes privileges away.
  */
 export function runInNamespace(source: string, setup = 'exec "$@"') {
   const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href)
