@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import { ERROR_CODES } from '../src/daemon/error-codes.ts'
-import { readmePath, readSection, tables } from './docs/tables.ts'
+import { metricTable, readmePath, readSection, tables } from './docs/tables.ts'
 
 const root = join(fileURLToPath(new URL('.', import.meta.url)), '..')
 
@@ -14,6 +14,13 @@ describe('README.md', () => {
     for (const [name, text] of Object.entries(await tables())) {
       expect(readSection(readme, name), `section ${name}`).toBe(text)
     }
+  })
+
+  test("devices' own metrics stand below virtiod's", () => {
+    const packets = { name: 'packets_total', type: 'counter', labels: ['queue', 'direction'], help: 'Packets' } as const
+    const rows = metricTable([{ name: 'net', metrics: [packets] }, { name: 'blk' }]).split('\n')
+    expect(rows.at(-1)).toBe('| `virtiod_net_packets_total` | counter | `device`, `queue`, `direction` | Packets |')
+    expect(rows.slice(0, -1).join('\n')).toBe(metricTable([]))
   })
 
   test('a difference is found', () => {

@@ -16,12 +16,14 @@ import { ERROR_CODES } from '../../src/daemon/error-codes.ts'
 import { asOptionTable, type OptionInfo, type OptionTable, optionsOf } from '../../src/daemon/option-table.ts'
 import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 import { RING_FEATURES } from '../../src/daemon/rings.ts'
-import { METRICS } from '../../src/ops/metrics.ts'
+import type { DeviceDefinition } from '../../src/device/index.ts'
+import { deviceMetricName, METRICS } from '../../src/ops/metrics.ts'
 import { PROTOCOL_FEATURES } from '../../src/vhost-user/session.ts'
 import * as wire from '../../src/vhost-user/wire.ts'
 import * as virtioBlk from '../../src/virtio/blk.ts'
 import * as virtio from '../../src/virtio/constants.ts'
 import { featureBits } from '../../src/virtio/features.ts'
+import * as virtioNet from '../../src/virtio/net.ts'
 
 export const readmePath = join(fileURLToPath(new URL('.', import.meta.url)), '../../README.md')
 
@@ -35,18 +37,15 @@ export async function tables(): Promise<Record<string, string>> {
     'options:daemon': optionTable(daemonOptions),
     'options:listener': optionTable(listenerOptions),
   }
-  for (const type of deviceNames) {
-    sections[`options:${type}`] = optionTable(asOptionTable((await devices[type]!.load()).options, type))
-  }
-  sections['metrics'] = table(
-    ['Metric', 'Type', 'Labels', 'Meaning'],
-    METRICS.map(({ name, type, labels, help }) => [code(name), type, labels.map(code).join(', '), help])
-  )
+  const definitions = await Promise.all(deviceNames.map((type) => devices[type]!.load()))
+  for (const { name, options } of definitions) sections[`options:${name}`] = optionTable(asOptionTable(options, name))
+  sections['metrics'] = metricTable(definitions)
   sections['features'] = table(
     ['Feature', 'Bit', 'Of'],
     [
       ...featureRows(featureBits(RING_FEATURES), virtio, /^(VIRTIO|VHOST_USER)_F_/, 'every device'),
       ...featureRows(await blkFeatures(), virtioBlk, /^VIRTIO_BLK_F_/, 'blk'),
+      ...featureRows(await netFeatures(), virtioNet, /^VIRTIO_NET_F_/, 'net'),
       ...featureRows(PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol'),
     ]
   )
@@ -55,6 +54,21 @@ export async function tables(): Promise<Record<string, string>> {
     Object.entries(ERROR_CODES).map(([name, meaning]) => [code(name), meaning])
   )
   return sections
+}
+
+/** virtiod's metrics, then each device's own. */
+export function metricTable(definitions: readonly Pick<DeviceDefinition, 'name' | 'metrics'>[]): string {
+  const own = definitions.flatMap(({ name: device, metrics = [] }) =>
+    metrics.map((metric) => ({
+      ...metric,
+      name: deviceMetricName(device, metric),
+      labels: ['device', ...metric.labels],
+    }))
+  )
+  return table(
+    ['Metric', 'Type', 'Labels', 'Meaning'],
+    [...METRICS, ...own].map(({ name, type, labels, help }) => [code(name), type, labels.map(code).join(', '), help])
+  )
 }
 
 /** Bits by their names in a module of constants. */
@@ -68,22 +82,36 @@ function featureRows(bits: readonly number[], constants: object, prefix: RegExp,
 
 /** All that a block device offers, whatever its options. */
 async function blkFeatures(): Promise<number[]> {
-  const definition = await devices['blk']!.load()
   const dir = mkdtempSync(join(tmpdir(), 'virtiod-docs-'))
   try {
     const file = join(dir, 'disk.img')
     writeFileSync(file, Buffer.alloc(1 << 20))
-    let features = 0n
-    for (const readOnly of [false, true]) {
-      const options = safeParse(definition.options, { 'blk-file': file, 'read-only': readOnly }).output
-      const device = await definition.open(options, observer)
-      features |= device.features
-      device.close()
-    }
-    return featureBits(features)
+    return await offered(
+      'blk',
+      [false, true].map((readOnly) => ({ 'blk-file': file, 'read-only': readOnly }))
+    )
   } finally {
     rmSync(dir, { recursive: true, force: true })
   }
+}
+
+/** All that a network card offers: on a switch it has every offload, on a tap those that the kernel has. */
+function netFeatures(): Promise<number[]> {
+  return offered('net', [{ switch: 'docs', 'queue-pairs': 2, mtu: 1500, mac: '52:54:00:00:00:01' }])
+}
+
+/** The feature bits of devices that are opened with these options. */
+async function offered(type: string, optionSets: readonly object[]): Promise<number[]> {
+  const definition = await devices[type]!.load()
+  let features = 0n
+  for (const options of optionSets) {
+    const parsed = safeParse(definition.options, options)
+    if (!parsed.success) throw new Error(`${type}: ${parsed.issues[0].message}`)
+    const device = await definition.open(parsed.output, observer)
+    features |= device.features
+    device.close()
+  }
+  return featureBits(features)
 }
 
 function optionTable(options: OptionTable): string {

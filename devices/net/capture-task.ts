@@ -1,0 +1,84 @@
+/**
+ * When a device's capture runs: from the first ring that is started until the device is closed. Opening a device only
+ * looks whether the file can be had, so that `--check-config` and `qemu-args` beside a running daemon leave its capture
+ * alone. It must not know packets.
+ */
+import { accessSync, constants, statSync } from 'node:fs'
+import { dirname, resolve } from 'node:path'
+import { ConfigError, type DeviceHost } from '../../src/device/index.ts'
+import { allocateCapture } from './capture.ts'
+import { type Capture, startCapture } from './capture-file.ts'
+import type { NetOptions } from './options.ts'
+
+/** The files of the devices of each daemon. */
+const claimed = new WeakMap<object, Set<string>>()
+
+export class CaptureTask {
+  /** The ring of each queue. */
+  readonly buffers: readonly SharedArrayBuffer[]
+  readonly #options: NetOptions & { readonly pcap: string }
+  readonly #name: string
+  readonly #host: DeviceHost
+  readonly #file: string
+  #started = false
+  #capture: Capture | undefined
+
+  /**
+   * @param name of the interface in the file
+   * @throws ConfigError when the file can't be written, or is that of another device
+   */
+  constructor(options: NetOptions & { readonly pcap: string }, queues: number, name: string, host: DeviceHost) {
+    this.#options = options
+    this.#name = name
+    this.#host = host
+    this.#file = resolve(options.pcap)
+    checkWritable(this.#file)
+    const ofDaemon = claimed.get(host.daemon) ?? new Set<string>()
+    claimed.set(host.daemon, ofDaemon)
+    if (ofDaemon.has(this.#file)) {
+      throw refusal(`${this.#file} is the capture of another device`, 'Give each device a file of its own.')
+    }
+    ofDaemon.add(this.#file)
+    this.buffers = Array.from({ length: queues }, () => allocateCapture())
+  }
+
+  /** Once; a capture that can't be started is told in the log, and the device goes on without. */
+  start(): void {
+    if (this.#started) return
+    this.#started = true
+    const { 'pcap-size': maxBytes, 'pcap-files': files, 'pcap-snaplen': snaplen } = this.#options
+    try {
+      this.#capture = startCapture(
+        { file: this.#file, maxBytes, files, snaplen },
+        this.buffers,
+        this.#name,
+        this.#host.log
+      )
+    } catch (error) {
+      this.#host.log.error({ file: this.#file, error: (error as Error).message }, 'the capture cannot be started')
+    }
+  }
+
+  close(): void {
+    this.#capture?.close()
+    claimed.get(this.#host.daemon)?.delete(this.#file)
+  }
+}
+
+/** @throws ConfigError */
+function checkWritable(file: string): void {
+  const fix = 'Give the path of a file that virtiod may create or replace, beside which it may create others.'
+  try {
+    const info = statSync(file, { throwIfNoEntry: false })
+    if (info !== undefined && !info.isFile()) throw refusal(`${file} exists and is no regular file`, fix)
+    accessSync(dirname(file), constants.W_OK | constants.X_OK)
+  } catch (cause) {
+    if (cause instanceof ConfigError) throw cause
+    const { code } = cause as NodeJS.ErrnoException
+    throw refusal(`${file} can't be created (${code})`, fix, cause)
+  }
+}
+
+function refusal(problem: string, fix: string, cause?: unknown): ConfigError {
+  return new ConfigError('ERR_NET_PCAP', '--pcap', problem, fix, cause === undefined ? {} : { cause })
+}

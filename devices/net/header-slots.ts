@@ -1,0 +1,33 @@
+/**
+ * Checked headers in memory of ours, for the kernel to read: the one in guest memory could change after it was checked.
+ */
+import type { IoBuffer } from '../../src/device/index.ts'
+import type { PacketHeader } from './header.ts'
+
+/** Bytes between two headers. */
+const SLOT = 16
+
+export class HeaderSlots {
+  readonly buffer: IoBuffer
+  readonly #words: Uint32Array
+
+  /** @param buffer `count` × 16 bytes */
+  constructor(buffer: IoBuffer) {
+    this.buffer = buffer
+    this.#words = new Uint32Array(buffer.bytes.buffer, buffer.bytes.byteOffset, buffer.bytes.length / 4)
+  }
+
+  /** Writes a header of twelve bytes, num_buffers 0. Returns where it is in the buffer. */
+  put(slot: number, header: PacketHeader): number {
+    const words = this.#words
+    const at = slot * SLOT
+    words[at >>> 2] = header.flags | (header.gsoType << 8) | (header.ecn << 15) | (header.hdrLen << 16)
+    words[(at >>> 2) + 1] = header.gsoSize | (header.csumStart << 16)
+    words[(at >>> 2) + 2] = header.csumOffset
+    return at
+  }
+
+  static bytes(count: number): number {
+    return count * SLOT
+  }
+}
