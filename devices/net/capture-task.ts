@@ -3,7 +3,7 @@
  * looks whether the file can be had, so that `--check-config` and `qemu-args` beside a running daemon leave its capture
  * alone. It must not know packets.
  */
-import { accessSync, constants, statSync } from 'node:fs'
+import { accessSync, constants, lstatSync } from 'node:fs'
 import { dirname, resolve } from 'node:path'
 import { ConfigError, type DeviceHost } from '../../src/device/index.ts'
 import { allocateCapture } from './capture.ts'
@@ -17,19 +17,16 @@ export class CaptureTask {
   /** The ring of each queue. */
   readonly buffers: readonly SharedArrayBuffer[]
   readonly #options: NetOptions & { readonly pcap: string }
-  readonly #name: string
   readonly #host: DeviceHost
   readonly #file: string
   #started = false
   #capture: Capture | undefined
 
   /**
-   * @param name of the interface in the file
    * @throws ConfigError when the file can't be written, or is that of another device
    */
-  constructor(options: NetOptions & { readonly pcap: string }, queues: number, name: string, host: DeviceHost) {
+  constructor(options: NetOptions & { readonly pcap: string }, queues: number, host: DeviceHost) {
     this.#options = options
-    this.#name = name
     this.#host = host
     this.#file = resolve(options.pcap)
     checkWritable(this.#file)
@@ -51,7 +48,7 @@ export class CaptureTask {
       this.#capture = startCapture(
         { file: this.#file, maxBytes, files, snaplen },
         this.buffers,
-        this.#name,
+        this.#host.name,
         this.#host.log
       )
     } catch (error) {
@@ -69,7 +66,7 @@ export class CaptureTask {
 function checkWritable(file: string): void {
   const fix = 'Give the path of a file that virtiod may create or replace, beside which it may create others.'
   try {
-    const info = statSync(file, { throwIfNoEntry: false })
+    const info = lstatSync(file, { throwIfNoEntry: false })
     if (info !== undefined && !info.isFile()) throw refusal(`${file} exists and is no regular file`, fix)
     accessSync(dirname(file), constants.W_OK | constants.X_OK)
   } catch (cause) {

@@ -123,9 +123,9 @@ export class PacketHeader {
     if (this.flags === 0) return HEADER
     const size = this.gsoSize
     if (size === 0 || size === RESERVED_GSO_SIZE) return HEADER
-    // An IP fragment has a multiple of eight bytes.
-    if (type === net.VIRTIO_NET_HDR_GSO_UDP && size < 8) return SEGMENTATION
-    if (frameLength > size * MAX_SEGMENTS) return SEGMENTATION
+    // An IP fragment has a multiple of eight bytes, and what is over doesn't make fewer of them.
+    const cut = type === net.VIRTIO_NET_HDR_GSO_UDP ? size & ~7 : size
+    if (cut === 0 || frameLength > cut * MAX_SEGMENTS) return SEGMENTATION
     if (this.csumStart + (tcp ? TCP_HEADER_SIZE : UDP_HEADER_SIZE) > frameLength) return SEGMENTATION
     return PASS
   }

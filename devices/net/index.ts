@@ -197,7 +197,7 @@ class NetDevice implements Device<NetQueueData> {
     const active = (queue: number): boolean => this.#active[queue]! && queue !== this.#controlQueue
     yield* queueSamples({ counters: this.#counters, pairs: this.#pairs, active })
     const { port } = this.#link
-    if (port !== undefined) yield* switchSamples(port.place, port.first)
+    if (port !== undefined) yield* switchSamples(port.place, port.first, this.#host.name)
   }
 
   qemu(): QemuDevice {
@@ -277,8 +277,7 @@ function open(options: NetOptions, host: DeviceHost): NetDevice {
   const link = openLink(options, host, fds, pairs)
   try {
     const { pcap } = options
-    const name = link.tap?.name ?? `${options.switch}-${link.port?.number}`
-    const capture = pcap === undefined ? undefined : new CaptureTask({ ...options, pcap }, pairs * 2, name, host)
+    const capture = pcap === undefined ? undefined : new CaptureTask({ ...options, pcap }, pairs * 2, host)
     return new NetDevice(options, host, link, pairs, capture)
   } catch (error) {
     link.tap?.close()

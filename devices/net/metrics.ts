@@ -10,10 +10,12 @@ import {
   PACKETS,
   PARTIAL_CHECKSUMS,
   PORT_DROPS,
+  RX_DROPS,
   SEGMENTED,
   STARVED,
   type SwitchPlace,
   TABLE_ENTRIES,
+  TX_DROPS,
 } from './shared.ts'
 
 /** Directions are the guest's: rx = to the guest. `queue` is the virtqueue's index: even = rx, odd = tx. */
@@ -64,7 +66,7 @@ export const METRICS: readonly DeviceMetric[] = [
     name: 'switch_port_drops_total',
     type: 'counter',
     labels: ['switch', 'port'],
-    help: "Packets that a port of the switch could not take: the device's own by number, and uplink",
+    help: "Packets that a port of the switch could not take: the device's own by its name, and uplink",
   },
 ]
 
@@ -86,8 +88,9 @@ export function* queueSamples(card: CardCounters): Iterable<DeviceSample> {
     yield { metric: 'packets_total', labels, value: values[PACKETS]! }
     yield { metric: 'bytes_total', labels, value: values[BYTES]! }
     // Those that are zero too: who watches a rate has to see the first one.
-    for (const [index, reason] of DROP_REASONS.entries()) {
-      yield { metric: 'drops_total', labels: { ...labels, reason }, value: values[DROPS + index]! }
+    for (const reason of direction === 'rx' ? RX_DROPS : TX_DROPS) {
+      const named = { ...labels, reason: DROP_REASONS[reason]! }
+      yield { metric: 'drops_total', labels: named, value: values[DROPS + reason]! }
     }
     const offloaded = { checksum: values[PARTIAL_CHECKSUMS]!, segmentation: values[SEGMENTED]! }
     for (const [offload, value] of Object.entries(offloaded)) {
@@ -97,16 +100,16 @@ export function* queueSamples(card: CardCounters): Iterable<DeviceSample> {
   }
 }
 
-/** @param first the device is the one that shows what is the whole switch's */
-export function* switchSamples(place: SwitchPlace, first: boolean): Iterable<DeviceSample> {
+/** @param first the device is the one that shows what is the whole switch's @param device its name */
+export function* switchSamples(place: SwitchPlace, first: boolean, device: string): Iterable<DeviceSample> {
   const values = new Float64Array(place.counters)
   const { name, port } = place
-  const drops = (label: string | number, index: number): DeviceSample => ({
+  const drops = (label: string, index: number): DeviceSample => ({
     metric: 'switch_port_drops_total',
     labels: { switch: name, port: label },
     value: values[PORT_DROPS + index]!,
   })
-  yield drops(port, port)
+  yield drops(device, port)
   if (!first) return
   yield { metric: 'switch_table_entries', labels: { switch: name }, value: values[TABLE_ENTRIES]! }
   yield { metric: 'switch_floods_total', labels: { switch: name }, value: values[FLOODS]! }

@@ -30,6 +30,22 @@ export const DROP_BAD_BUFFER = DROP_DISABLED + 5
 /** A frame that has to be segmented for the receiver, and can't be. */
 export const DROP_NO_OFFLOAD = DROP_DISABLED + 6
 
+/** Those that a receive queue can have, and a transmit queue. */
+export const RX_DROPS: readonly number[] = [
+  DROP_DISABLED,
+  DROP_NO_BUFFERS,
+  DROP_TOO_BIG,
+  DROP_BAD_BUFFER,
+  DROP_NO_OFFLOAD,
+]
+export const TX_DROPS: readonly number[] = [
+  ...Array.from({ length: DROP_DISABLED }, (_, reason) => reason),
+  DROP_DISABLED,
+  DROP_LINK_DOWN,
+  DROP_LINK_FULL,
+  DROP_TOO_BIG,
+]
+
 // Doubles per queue.
 export const PACKETS = 0
 export const BYTES = 1

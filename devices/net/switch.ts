@@ -246,6 +246,12 @@ export class Switch {
     port.lastLow = this.#fromLow
     port.lastSeen = this.#now
     this.#learnt()
+    // One that moved here is to be learnt again, at once, when it moves back.
+    for (let i = 0; i < this.#ports.length; i++) if (this.#ports[i] !== port) this.#unlearn(this.#ports[i]!)
+  }
+
+  #unlearn(port: SwitchPort): void {
+    if (port.lastHigh === this.#fromHigh && port.lastLow === this.#fromLow) port.lastHigh = -1
   }
 
   /** What aged is forgotten when it is looked for; this is for the metric, and for addresses that nobody looks for. */

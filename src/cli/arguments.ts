@@ -9,20 +9,22 @@ import { ConfigError } from '../device/errors.ts'
 import type { OptionScope, Positional } from './command.ts'
 
 export interface ParsedArguments {
-  /** Values by option name; flags are `true`. Not yet checked against the tables. */
+  /** Values by option name, an array of what a repeatable one was given; flags are `true`. Not yet checked. */
   readonly values: Readonly<Record<string, unknown>>
   readonly positionals: readonly string[]
 }
 
 /**
  * @param command the command's name, for messages
+ * @param repeatable options that may be given more than once although their table has one value
  * @throws ConfigError
  */
 export function parseArguments(
   args: readonly string[],
   scopes: readonly OptionScope[],
   positionals: readonly Positional[],
-  command: string
+  command: string,
+  repeatable: readonly string[] = []
 ): ParsedArguments {
   const infos = new Map(scopes.flatMap(({ table }) => optionsOf(table)).map((info) => [info.name, info]))
   const where = `"virtiod ${command} --help" lists the options`
@@ -46,8 +48,9 @@ export function parseArguments(
     } else {
       const converted = convert(info, value, inlineValue === true)
       if (info.kind === 'list') values[name] = [...((values[name] as unknown[] | undefined) ?? []), converted]
-      else if (name in values) throw duplicate(rawName)
-      else values[name] = converted
+      else if (!(name in values)) values[name] = converted
+      else if (repeatable.includes(name)) values[name] = [values[name], converted].flat()
+      else throw duplicate(rawName)
     }
   }
   checkPositionals(words, positionals, command, [...infos.keys()])

@@ -24,6 +24,8 @@ export interface Command {
   /** All of them are required. */
   readonly positionals: readonly Positional[]
   readonly scopes: readonly OptionScope[]
+  /** Options that may be given more than once, as an array of values then. */
+  readonly repeatable?: readonly string[]
   /** `--print-capabilities`: printed as JSON, whatever else is given. */
   readonly capabilities?: object
   /** @returns the exit code; @throws ConfigError for bad input */

@@ -26,7 +26,8 @@ async function run(args: readonly string[]): Promise<number> {
   if (flags.has('--help') || flags.has('-h')) return print((await import('./help.ts')).commandHelp(command))
   if (flags.has('--version')) return print(versionText())
   const words = command.name.split(' ').length - 1
-  return command.run(parseArguments(rest.slice(words), command.scopes, command.positionals, command.name))
+  const { scopes, positionals, repeatable } = command
+  return command.run(parseArguments(rest.slice(words), scopes, positionals, command.name, repeatable))
 }
 
 function unknownCommand(name: string): ConfigError {

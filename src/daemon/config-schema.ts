@@ -6,7 +6,7 @@ import { toJsonSchema } from '@valibot/to-json-schema'
 import * as v from 'valibot'
 import { deviceKeys } from './config.ts'
 import { deviceNames, devices } from './devices.ts'
-import { asOptionTable, METADATA_KEYS } from './option-table.ts'
+import { alternatives, asOptionTable, METADATA_KEYS } from './option-table.ts'
 import { daemonOptions, listenerOptions } from './options.ts'
 
 /** A JSON Schema (draft 2020-12) as a plain object. */
@@ -31,17 +31,20 @@ export async function configSchema(): Promise<Record<string, unknown>> {
 }
 
 async function deviceSchema(type: string): Promise<Record<string, unknown>> {
-  const definition = await devices[type]!.load()
+  const own = asOptionTable((await devices[type]!.load()).options, type)
   const schema = jsonSchema(
     v.strictObject({
       ...deviceKeys.entries,
       type: v.pipe(v.literal(type), v.description(devices[type]!.summary)),
       ...listenerOptions.entries,
-      ...asOptionTable(definition.options, type).entries,
+      ...own.entries,
     } as v.ObjectEntries)
   )
-  // Exactly one of the two: a strictObject can't say that.
-  return { ...schema, oneOf: [{ required: ['socket-path'] }, { required: ['fd'] }] }
+  // Exactly one of them: a strictObject can't say that.
+  const exactlyOne = (names: readonly string[]): object => ({ oneOf: names.map((name) => ({ required: [name] })) })
+  const choices = alternatives(own)
+  const socket = exactlyOne(Object.keys(listenerOptions.entries))
+  return choices.length === 0 ? { ...schema, ...socket } : { ...schema, allOf: [socket, exactlyOne(choices)] }
 }
 
 /**

@@ -9,7 +9,7 @@ import * as v from 'valibot'
 import { ConfigError } from '../device/errors.ts'
 import type { DeviceDefinition } from '../device/index.ts'
 import type { MetricsAddress } from '../ops/http.ts'
-import { deviceNames, devices } from './devices.ts'
+import { deviceNames, devices, type SeveralSockets } from './devices.ts'
 import {
   asOptionTable,
   checkNames,
@@ -75,16 +75,48 @@ export const deviceKeys = v.strictObject({
 type Values = Readonly<Record<string, unknown>>
 
 /**
- * The configuration of one device that command line flags describe.
- * @param values the flags by name; names that belong to no table are the caller's affair
+ * The configuration that command line flags describe: one device, or one per socket where the kind of device has that.
+ * @param values the flags by name, an array where one is repeated; names that belong to no table are the caller's affair
  * @throws ConfigError
  */
 export function configFromFlags(definition: DeviceDefinition, values: Values): DaemonConfig {
   const label: OptionLabel = (name) => `--${name}`
+  const several = devices[definition.name]?.several
+  const each = several === undefined ? [values] : perSocket(values, several, label)
   return {
     ...daemonPart(values, label),
-    devices: [deviceConfig(`${definition.name}0`, definition, values, label)],
+    devices: each.map((own, index) => deviceConfig(`${definition.name}${index}`, definition, own, label)),
   }
+}
+
+/** The options of each device when `socket-path` and `fd` may be repeated. @throws ConfigError when they may not */
+function perSocket(values: Values, several: SeveralSockets, label: OptionLabel): Values[] {
+  const sockets = ['socket-path', 'fd'].flatMap((key) =>
+    [values[key] ?? []].flat().map((value: unknown) => ({ key, value }))
+  )
+  const repeated = ['socket-path', 'fd'].find((key) => Array.isArray(values[key]))
+  if (values[several.with] === undefined) {
+    if (repeated === undefined) return [values]
+    const fix = `Give it once; several sockets need ${label(several.with)}.`
+    throw new ConfigError('ERR_OPTION_DUPLICATE', label(repeated), 'given twice', fix)
+  }
+  if (sockets.length < 2) return [values]
+  const single = several.without.find((name) => values[name] !== undefined)
+  if (single !== undefined) {
+    const problem = `it is one device's, and there are ${sockets.length} sockets`
+    const fix = 'Give each device its own in a file, for "virtiod run".'
+    throw new ConfigError('ERR_OPTION_CONFLICT', label(single), problem, fix)
+  }
+  const seen = new Set<unknown>()
+  for (const { key, value } of sockets) {
+    const socket = typeof value === 'string' ? resolve(value) : value
+    if (seen.has(socket)) {
+      throw new ConfigError('ERR_OPTION_DUPLICATE', label(key), `${value} is given twice`, 'Give each device its own.')
+    }
+    seen.add(socket)
+  }
+  const { 'socket-path': _, fd: __, ...common } = values
+  return sockets.map(({ key, value }) => ({ ...common, [key]: value }))
 }
 
 /**

@@ -197,7 +197,15 @@ async function openDevice(
     const message = `the device ${name} is written for version ${apiVersion} of the contract, this is version ${API_VERSION}`
     throw new DeviceError('ERR_DEVICE_API_VERSION', message)
   }
-  const host: DeviceHost = { ...own, log, network: networkHost, fileInfo, lockFile, fallocate: probeFallocate }
+  const host: DeviceHost = {
+    ...own,
+    log,
+    name: config.name,
+    network: networkHost,
+    fileInfo,
+    lockFile,
+    fallocate: probeFallocate,
+  }
   try {
     return await config.definition.open(config.options, host)
   } catch (error) {

@@ -9,8 +9,17 @@ export interface DeviceEntry {
   readonly summary: string
   /** `--print-capabilities` (vhost-user.rst "Backend program conventions"; QEMU's docs/interop/vhost-user.json). */
   readonly capabilities: { readonly type: string; readonly features?: readonly string[] }
+  /** Its command takes several sockets, and serves one device of the same options on each. */
+  readonly several?: SeveralSockets
   /** Imports the device's module, whose default export is its definition. */
   load(): Promise<DeviceDefinition>
+}
+
+export interface SeveralSockets {
+  /** Only with this option. */
+  readonly with: string
+  /** Not with these, which are one device's. */
+  readonly without: readonly string[]
 }
 
 export const devices: Readonly<Record<string, DeviceEntry>> = {
@@ -20,6 +29,12 @@ export const devices: Readonly<Record<string, DeviceEntry>> = {
     // A definition of any options and queue data is used as one of unknown ones: only the definition itself looks
     // inside.
     load: async () => (await import('../../devices/blk/index.ts')).default as unknown as DeviceDefinition,
+  },
+  net: {
+    summary: 'serve a network card: on a tap of the host, or on a switch inside virtiod',
+    capabilities: { type: 'net' },
+    several: { with: 'switch', without: ['mac', 'pcap'] },
+    load: async () => (await import('../../devices/net/index.ts')).default as unknown as DeviceDefinition,
   },
 }
 

@@ -30,11 +30,26 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_BLK_BLOCK_SIZE: 'The file can only be accessed in larger blocks than asked for.',
   ERR_BLK_CACHE: 'The file system cannot do O_DIRECT, which --cache none needs.',
   ERR_BLK_DISCARD: 'The file system cannot free space inside a file, which --discard on needs.',
+  ERR_NET_TAP_PERMISSION: 'This user may not open or create the tap.',
+  ERR_NET_TAP_DEVICE: 'There is no /dev/net/tun.',
+  ERR_NET_TAP_BUSY: 'Another process or another device has the tap open.',
+  ERR_NET_TAP_KIND: 'What is to be the tap is a link of another kind.',
+  ERR_NET_TAP_QUEUES: 'The tap has fewer queues than pairs are asked for.',
+  ERR_NET_TAP_HEADER: 'The packets of the tap do not begin with virtio-net headers.',
+  ERR_NET_TAP_FD: 'An fd of --tap-fd is no queue of the same open tap, or is given twice.',
+  ERR_NET_TAP_LINK: 'The tap is down, or in another network namespace, and cannot be set up.',
+  ERR_NET_TAP_OPEN: 'The tap cannot be opened for another reason, which the message names.',
+  ERR_NET_MTU: 'The tap cannot be given this MTU.',
+  ERR_NET_BRIDGE: 'The bridge does not exist or is none, or the tap cannot be put on it.',
+  ERR_NET_SWITCH_PORTS: 'All ports of the switch are taken.',
+  ERR_NET_SWITCH_UPLINK: 'Two devices of a switch disagree about its uplink.',
+  ERR_NET_PCAP: 'The capture file cannot be created, or is that of another device.',
   // ---- ProtocolError: the front-end's; ends its session, or is a NACK
   ...sentences(PROTOCOL_ERRORS),
   // ---- DeviceError: the device's own
   ERR_DEVICE_API_VERSION: 'The device was written for another version of the device contract.',
   ERR_DEVICE_COMPLETED_TWICE: 'The device completed a chain that it had completed before.',
+  ERR_DEVICE_RECEIVER: 'The device took a chain out of a packet receiver that holds none.',
   // ---- RingError: the driver's; stops that ring
   ...sentences(RING_ERRORS),
   // ---- the installation, and the other end

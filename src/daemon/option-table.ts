@@ -2,7 +2,8 @@
  * Option tables: what a valibot `strictObject` says about options, for the command line, configuration files, help,
  * README and JSON Schema alike. Its keys are the flag names; `v.description` is the help text; `v.metadata` may say
  * `placeholder` (the value's name in help), `unset` (what holds without the option), `path` (relative to the
- * configuration file) and `size` (K, M, G suffixes on the command line). It must not know any particular option, nor
+ * configuration file) and `size` (K, M, G suffixes on the command line); `v.rawCheck` behind the table finds what does not
+ * fit together. It must not know any particular option, nor
  * where values come from: callers name them in errors.
  */
 import type { BaseIssue, GenericSchema } from 'valibot'
@@ -46,6 +47,12 @@ interface SchemaShape {
   readonly default?: unknown
   readonly options?: readonly unknown[]
   readonly pipe?: readonly { readonly type: string; readonly requirement?: unknown }[]
+}
+
+/** Options of which exactly one is given (`v.metadata({ exactlyOne })` of the table); the table itself checks that. */
+export function alternatives(table: OptionTable): readonly string[] {
+  const names = getMetadata(table as Parameters<typeof getMetadata>[0])['exactlyOne']
+  return Array.isArray(names) ? names : []
 }
 
 const OPTIONAL_TYPES: readonly string[] = ['optional', 'exact_optional', 'nullish', 'undefinedable']
@@ -183,12 +190,23 @@ function valueError(
   }
   const info = describe(name, schema)
   const value = values[name]
+  if (issue.type === 'raw_check') return misfitError(label(name), value !== undefined, issue.message)
   if (value === undefined) {
     const what =
       info.description === '' ? '' : `: ${info.description.charAt(0).toLowerCase()}${info.description.slice(1)}`
     return new ConfigError('ERR_OPTION_REQUIRED', label(name), 'missing', `It is required${what}.`)
   }
   return new ConfigError('ERR_OPTION_VALUE', label(name), problem(info, value), fix(info, value, issue))
+}
+
+/**
+ * What a table finds by `v.rawCheck` about options that are fine one by one. @param message the problem and what to do,
+ * two sentences without their final dots
+ */
+function misfitError(option: string, given: boolean, message: string): ConfigError {
+  const end = message.indexOf('. ')
+  const code = given ? 'ERR_OPTION_CONFLICT' : 'ERR_OPTION_REQUIRED'
+  return new ConfigError(code, option, message.slice(0, end), sentence(message.slice(end + 2)))
 }
 
 function problem(info: OptionInfo, value: unknown): string {

@@ -27,10 +27,20 @@ export function qemuArguments(
   for (const { name, socketPath, device } of attachments) {
     const chardev = `virtiod-${name}`
     lines.push(['-chardev', `socket,id=${chardev},path=${escapeComma(socketPath)},reconnect=1`])
-    const properties = Object.entries(device.properties).map(([key, value]) => `,${key}=${escapeComma(String(value))}`)
-    lines.push(['-device', `${device.driver},chardev=${chardev}${properties.join('')}`])
+    if (device.netdev === undefined) {
+      lines.push(['-device', `${device.driver},chardev=${chardev}${list(device.properties)}`])
+      continue
+    }
+    lines.push(['-netdev', `vhost-user,id=${chardev},chardev=${chardev}${list(device.netdev)}`])
+    lines.push(['-device', `${device.driver},netdev=${chardev}${list(device.properties)}`])
   }
   return lines
+}
+
+function list(properties: Readonly<Record<string, string | number>>): string {
+  return Object.entries(properties)
+    .map(([key, value]) => `,${key}=${escapeComma(String(value))}`)
+    .join('')
 }
 
 /** One pair per line, ready to paste behind `qemu-system-x86_64 \`. */

@@ -155,6 +155,8 @@ export interface QemuDevice {
 /** What the daemon offers to a device's control half. */
 export interface DeviceHost {
   readonly log: DeviceLogger
+  /** The device's name in the configuration, unique in the daemon: `net0`. */
+  readonly name: string
   /** Devices of one daemon have the same: a key for what they share. */
   readonly daemon: object
   readonly network: NetworkHost

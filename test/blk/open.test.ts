@@ -36,6 +36,7 @@ const note = (details: object) => void log.push(details)
 const host = (change: Partial<DeviceHost> = {}): DeviceHost => ({
   log: { debug: note, info: note, warn: note, error: note },
   fileInfo,
+  name: 'blk0',
   daemon: log,
   network: networkHost,
   send: () => {},

@@ -62,6 +62,13 @@ test.each([
   expect(() => parse(line)).toThrow(expect.objectContaining({ name: 'ConfigError', code, message }))
 })
 
+test('what may be repeated becomes an array when it is', () => {
+  const repeat = (line: string): unknown => parseArguments(line.split(' '), scopes, [], 'test', ['blk-file']).values
+  expect(repeat('--blk-file a')).toEqual({ 'blk-file': 'a' })
+  expect(repeat('--blk-file a --quiet --blk-file=b --blk-file c')).toEqual({ 'blk-file': ['a', 'b', 'c'], quiet: true })
+  expect(() => repeat('--count 1 --count 2')).toThrow('--count: given twice. Give it once.')
+})
+
 test('a missing positional', () => {
   expect(() => parse('', socket)).toThrow(ConfigError)
   expect(() => parse('', socket)).toThrow('SOCKET: missing. Give a socket; "virtiod test --help" tells more.')

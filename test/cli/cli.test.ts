@@ -63,6 +63,10 @@ test('--print-capabilities ignores everything else (vhost-user.rst "Backend prog
   expect(JSON.parse(stdout)).toEqual({ type: 'block', features: ['read-only', 'blk-file'] })
 })
 
+test('--print-capabilities of a network card', async () => {
+  expect(JSON.parse((await virtiod(['net', '--print-capabilities'])).stdout)).toEqual({ type: 'net' })
+})
+
 describe('mistakes', () => {
   const flags = ['--socket-path', join(dir, 's'), '--blk-file', image]
 
@@ -150,6 +154,39 @@ test('qemu-args, from flags and from a file', async () => {
   expect((await virtiod(['qemu-args', file])).stdout).toContain(
     `id=virtiod-root,path=${join(dir, 'a.sock')},reconnect=1`
   )
+})
+
+describe('qemu-args of network cards', () => {
+  const cards = (stdout: string): string[] => stdout.match(/-device virtio-net-pci.*?(?= \\$|$)/gm) ?? []
+
+  test('give each its own MAC, which stays', async () => {
+    const sockets = ['/run/a.sock', '/run/b.sock'].flatMap((path) => ['--socket-path', path])
+    const { code, stdout, stderr } = await virtiod(['qemu-args', 'net', ...sockets, '--switch', 'lan'])
+    expect([code, stderr]).toEqual([0, ''])
+    expect(stdout).toContain('-netdev vhost-user,id=virtiod-net1,chardev=virtiod-net1,queues=1 \\\n')
+    const macs = cards(stdout).map((line) => /,mac=(52:54:00(:[0-9a-f]{2}){3}),/.exec(line)?.[1])
+    expect(new Set(macs).size).toBe(2)
+    expect(macs).not.toContain(undefined)
+    const second = await virtiod(['qemu-args', 'net', '--socket-path', '/run/b.sock', '--switch', 'lan'])
+    expect(cards(second.stdout)).toEqual([cards(stdout)[1]!.replace('net1', 'net0')])
+  })
+
+  test('touch no tap, no fd, no capture', async () => {
+    const pcap = join(dir, 'live.pcap')
+    writeFileSync(pcap, 'precious')
+    const flags = ['--tap', 'virtiodnone0', '--bridge', 'virtiodnone1', '--mtu', '9000', '--mac', '52:54:00:12:34:56']
+    const run = await virtiod(['qemu-args', 'net', '--socket-path', 's', ...flags, '--pcap', pcap])
+    expect([run.code, run.stderr]).toEqual([0, ''])
+    expect(cards(run.stdout)[0]).toMatch(/,mac=52:54:00:12:34:56,.*,host_mtu=9000/)
+    expect(readFileSync(pcap, 'latin1')).toBe('precious')
+    const fds = await virtiod(['qemu-args', 'net', '--socket-path', 's', '--tap-fd', '0,1,2', '--uplink', 'x'])
+    expect(fds.stderr).toBe(
+      "virtiod: --uplink: it is a switch's, and here is tap-fd. Give switch, or leave uplink away.\n"
+    )
+    const inherited = await virtiod(['qemu-args', 'net', '--socket-path', 's', '--tap-fd', '0,1,2'])
+    expect(inherited).toMatchObject({ code: 0, stderr: '' })
+    expect(inherited.stdout).toContain('queues=3')
+  })
 })
 
 test('a reader that goes away is no failure', async () => {

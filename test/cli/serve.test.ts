@@ -124,6 +124,19 @@ describe('run', () => {
   })
 })
 
+test('a switch: a socket per card, without privileges of the network', async () => {
+  const sockets = ['a', 'b'].map((name) => join(dir, `net-${name}.sock`))
+  const flags = sockets.flatMap((socket) => ['--socket-path', socket])
+  await using daemon = new Running(['net', ...flags, '--switch', 'lan', '--metrics', '127.0.0.1:0'])
+  await daemon.printed('"ready"')
+  expect(sockets.map((socket) => statSync(socket).isSocket())).toEqual([true, true])
+  const metrics = await (await fetch(`${metricsUrl(daemon.stdout)}/metrics`)).text()
+  expect(metrics).toContain('virtiod_session_up{device="net1"} 0\n')
+  expect(metrics).toContain('virtiod_net_switch_table_entries{device="net0",switch="lan"} 0\n')
+  expect((await daemon.stop()).code).toBe(0)
+  expect(sockets.map((socket) => existsSync(socket))).toEqual([false, false])
+})
+
 test('qemu-args works beside the daemon that holds the lock', async () => {
   const { flags } = disk()
   await using daemon = new Running(['blk', ...flags])

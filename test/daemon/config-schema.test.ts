@@ -1,6 +1,7 @@
 /** The JSON Schema says the same as the tables: the same keys, the same limits. */
 import { expect, test } from 'vitest'
 import { blkOptions } from '../../devices/blk/options.ts'
+import { netOptions } from '../../devices/net/options.ts'
 import { configSchema } from '../../src/daemon/config-schema.ts'
 import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 
@@ -9,6 +10,14 @@ interface Schema {
   properties: Record<string, Schema & { description?: string; enum?: unknown[]; items?: Schema }>
   required: string[]
   additionalProperties: boolean
+  oneOf: Schema[]
+  allOf: Schema[]
+}
+
+/** Of the items of `devices`, by type. */
+function deviceSchema(schema: Schema, type: string): Schema {
+  const variants = schema.properties['devices']!.items!.oneOf
+  return variants.find(({ properties }) => (properties['type'] as unknown as { const: string }).const === type)!
 }
 
 test('top level and device', async () => {
@@ -20,8 +29,10 @@ test('top level and device', async () => {
     required: ['devices'],
   })
   expect(Object.keys(schema.properties).sort()).toEqual([...Object.keys(daemonOptions.entries), 'devices'].sort())
-  const device = schema.properties['devices']!.items as Schema
+  expect(schema.properties['devices']!.items!.oneOf).toHaveLength(2)
+  const device = deviceSchema(schema, 'blk')
   expect(device).toMatchObject({ type: 'object', additionalProperties: false, required: ['type', 'blk-file'] })
+  expect(device.oneOf.map(({ required }) => required)).toEqual([['socket-path'], ['fd']])
   expect(Object.keys(device.properties).sort()).toEqual(
     ['type', 'name', ...Object.keys(listenerOptions.entries), ...Object.keys(blkOptions.entries)].sort()
   )
@@ -34,10 +45,24 @@ test('top level and device', async () => {
   })
 })
 
+test('a network card: one socket, and one of the links', async () => {
+  const device = deviceSchema((await configSchema()) as unknown as Schema, 'net')
+  expect(Object.keys(device.properties).sort()).toEqual(
+    ['type', 'name', ...Object.keys(listenerOptions.entries), ...Object.keys(netOptions.entries)].sort()
+  )
+  expect(device).toMatchObject({ type: 'object', additionalProperties: false, required: ['type'] })
+  expect(device.allOf.map(({ oneOf }) => oneOf.map(({ required }) => required))).toEqual([
+    [['socket-path'], ['fd']],
+    [['tap'], ['tap-fd'], ['switch']],
+  ])
+  const pattern = new RegExp((device.properties['tap'] as unknown as { pattern: string }).pattern)
+  expect(['tap0', 'a/b', 'x'.repeat(16)].map((name) => pattern.test(name))).toEqual([true, false, false])
+})
+
 test('every key is described, for the editor to show', async () => {
   const schema = (await configSchema()) as unknown as Schema
-  const device = schema.properties['devices']!.items as Schema
-  for (const [name, property] of [...Object.entries(schema.properties), ...Object.entries(device.properties)]) {
+  const devices = schema.properties['devices']!.items!.oneOf.flatMap(({ properties }) => Object.entries(properties))
+  for (const [name, property] of [...Object.entries(schema.properties), ...devices]) {
     expect(property.description, name).toMatch(/^[A-Z]|^serve /)
   }
 })

@@ -10,6 +10,7 @@ import { ConfigError } from '../../src/device/errors.ts'
 
 const FILE = '/etc/virtiod/disks.yaml'
 const blk = await devices['blk']!.load()
+const net = await devices['net']!.load()
 
 async function problem(run: () => unknown): Promise<{ code: string; message: string }> {
   try {
@@ -114,7 +115,104 @@ describe('flags', () => {
   })
 })
 
+describe('several sockets', () => {
+  const sockets = { 'socket-path': ['a', 'b'], fd: 5, switch: 'lan' }
+
+  test('are a device each, on a switch', () => {
+    const config = configFromFlags(net, { ...sockets, 'queue-pairs': 2, iothreads: 2 })
+    expect(config.iothreads).toBe(2)
+    expect(config.devices.map(({ name, socket }) => [name, socket])).toEqual([
+      ['net0', { path: 'a' }],
+      ['net1', { path: 'b' }],
+      ['net2', { fd: 5 }],
+    ])
+    for (const { options } of config.devices) expect(options).toMatchObject({ switch: 'lan', 'queue-pairs': 2 })
+  })
+
+  test('one is one, with what is its own', () => {
+    const config = configFromFlags(net, { 'socket-path': 'a', switch: 'lan', mac: '52:54:00:12:34:56' })
+    expect(config.devices).toHaveLength(1)
+    expect(config.devices[0]!.options).toMatchObject({ mac: '52:54:00:12:34:56' })
+  })
+
+  test.each([
+    [
+      { 'socket-path': ['a', 'b'], tap: 't' },
+      'ERR_OPTION_DUPLICATE',
+      '--socket-path: given twice. Give it once; several sockets need --switch.',
+    ],
+    [
+      { fd: [3, 4], tap: 't' },
+      'ERR_OPTION_DUPLICATE',
+      '--fd: given twice. Give it once; several sockets need --switch.',
+    ],
+    [
+      { 'socket-path': 'a', fd: 3, tap: 't' },
+      'ERR_OPTION_CONFLICT',
+      '--fd: it excludes --socket-path. Give one of the two.',
+    ],
+    [
+      { ...sockets, mac: '52:54:00:12:34:56' },
+      'ERR_OPTION_CONFLICT',
+      `--mac: it is one device's, and there are 3 sockets. Give each device its own in a file, for "virtiod run".`,
+    ],
+    [
+      { ...sockets, pcap: 'f' },
+      'ERR_OPTION_CONFLICT',
+      `--pcap: it is one device's, and there are 3 sockets. Give each device its own in a file, for "virtiod run".`,
+    ],
+    [
+      { 'socket-path': ['a', './a'], switch: 'lan' },
+      'ERR_OPTION_DUPLICATE',
+      '--socket-path: ./a is given twice. Give each device its own.',
+    ],
+    [
+      { 'socket-path': 'a', switch: 'lan', tap: 't' },
+      'ERR_OPTION_CONFLICT',
+      '--switch: it excludes tap. Give one of tap, tap-fd and switch.',
+    ],
+    [
+      { 'socket-path': 'a' },
+      'ERR_OPTION_REQUIRED',
+      '--tap: missing. Give tap for a tap of the host, tap-fd for an open one, or switch, which needs no root.',
+    ],
+    [
+      { 'socket-path': 'a', tap: 'x'.repeat(16) },
+      'ERR_OPTION_VALUE',
+      `--tap: "${'x'.repeat(16)}" is not allowed. Give 1 to 15 ASCII characters without space, slash, colon and percent sign.`,
+    ],
+  ])('%j is refused', async (values, code, message) => {
+    expect(await problem(() => configFromFlags(net, values))).toEqual({ code, message })
+  })
+})
+
 describe('files', () => {
+  test('cards of a switch, each with its own', async () => {
+    const config = await parseConfig(
+      `devices:
+  - { type: net, socket-path: a, switch: lan, mac: 52:54:00:00:00:01, pcap: a.pcap, pcap-size: 1048576 }
+  - { type: net, socket-path: b, switch: lan, mac: 52:54:00:00:00:02, uplink: tap0 }
+  - { type: net, socket-path: c, tap-fd: "3", queue-pairs: 1 }
+`,
+      FILE
+    )
+    expect(config.devices.map(({ name }) => name)).toEqual(['net0', 'net1', 'net2'])
+    expect(config.devices.map(({ options }) => options)).toMatchObject([
+      { mac: '52:54:00:00:00:01', pcap: '/etc/virtiod/a.pcap', 'pcap-size': 1048576, 'pcap-files': 4 },
+      { mac: '52:54:00:00:00:02', uplink: 'tap0' },
+      { 'tap-fd': '3' },
+    ])
+  })
+
+  test.each([
+    ['tap: a, switch: b', 'ERR_OPTION_CONFLICT', 'switch: it excludes tap. Give one of tap, tap-fd and switch.'],
+    ['tap-fd: 3', 'ERR_OPTION_VALUE', 'tap-fd: 3 is not allowed. Give text: write it in quotes, "3".'],
+    ['tap: a, mtu: 67', 'ERR_OPTION_VALUE', 'mtu: 67 is out of range. Give an integer from 68 to 65535.'],
+  ])('a card with %s is refused', async (options, code, message) => {
+    const text = `devices:\n - {type: net, socket-path: s, ${options}}`
+    expect(await problem(() => parseConfig(text, FILE))).toEqual({ code, message: `${FILE}: devices[0].${message}` })
+  })
+
   test('YAML: paths are relative to the file, names are counted', async () => {
     const config = await parseConfig(
       `# two disks
@@ -168,7 +266,7 @@ devices:
     [
       'devices:\n - {type: bkl}',
       'ERR_OPTION_VALUE',
-      ': devices[0].type: "bkl" is not allowed. Give one of blk. Did you mean blk?',
+      ': devices[0].type: "bkl" is not allowed. Give blk or net. Did you mean blk?',
     ],
     [
       `devices:\n - {${device}}\n - {type: blk, blk-fil: x}`,

@@ -1,7 +1,14 @@
 /** Option tables: what is read out of a valibot schema, and how bad values are told. */
 import * as v from 'valibot'
 import { describe, expect, test } from 'vitest'
-import { allowedValues, checkNames, checkValues, optionsOf, suggest } from '../../src/daemon/option-table.ts'
+import {
+  allowedValues,
+  alternatives,
+  checkNames,
+  checkValues,
+  optionsOf,
+  suggest,
+} from '../../src/daemon/option-table.ts'
 import { ConfigError } from '../../src/device/errors.ts'
 
 const table = v.strictObject({
@@ -76,6 +83,33 @@ test('a check over the whole table speaks in its own words', () => {
   expect(failure(() => checkValues(pair, { a: true, b: true }, () => 'blk0')).message).toBe(
     'blk0: these options do not fit together. Give a or b.'
   )
+})
+
+test('a table says which of its options does not fit, and which is missing', () => {
+  const either = v.pipe(
+    v.strictObject({ a: v.exactOptional(v.string()), b: v.exactOptional(v.string()) }),
+    v.rawCheck(({ dataset, addIssue }) => {
+      if (!dataset.typed) return
+      const input = dataset.value
+      const given = input.a !== undefined && input.b !== undefined
+      if (!given && (input.a ?? input.b) !== undefined) return
+      const key = given ? 'b' : 'a'
+      const message = given ? 'it excludes a. Give one' : 'missing. Give a for this. Or b'
+      addIssue({ message, path: [{ type: 'object', origin: 'value', input, key, value: input[key] }] })
+    }),
+    v.metadata({ exactlyOne: ['a', 'b'] })
+  )
+  expect(checkValues(either, { b: 'x' }, label)).toEqual({ b: 'x' })
+  expect(failure(() => checkValues(either, { a: 'x', b: 'y' }, label))).toEqual({
+    code: 'ERR_OPTION_CONFLICT',
+    message: '--b: it excludes a. Give one.',
+  })
+  expect(failure(() => checkValues(either, {}, label))).toEqual({
+    code: 'ERR_OPTION_REQUIRED',
+    message: '--a: missing. Give a for this. Or b.',
+  })
+  expect(alternatives(either)).toEqual(['a', 'b'])
+  expect(alternatives(table)).toEqual([])
 })
 
 test('unknown names', () => {

@@ -24,6 +24,15 @@ test('memory once, a chardev and a device each', () => {
   ])
 })
 
+test('a network card hangs on a netdev', () => {
+  const card = { driver: 'virtio-net-pci', properties: { mac: '52:54:00:00:00:01', mq: 'on' }, netdev: { queues: 4 } }
+  expect(qemuArguments([{ name: 'net0', socketPath: '/run/n.sock', device: card }], '1G').slice(3)).toEqual([
+    ['-chardev', 'socket,id=virtiod-net0,path=/run/n.sock,reconnect=1'],
+    ['-netdev', 'vhost-user,id=virtiod-net0,chardev=virtiod-net0,queues=4'],
+    ['-device', 'virtio-net-pci,netdev=virtiod-net0,mac=52:54:00:00:00:01,mq=on'],
+  ])
+})
+
 test('a shell reads the text as the same words', () => {
   const lines = qemuArguments([{ name: 'blk0', socketPath: "/tmp/it's a $dir/`x`.sock", device }], '1G')
   const words = execFileSync('sh', ['-c', `printf '%s\\n' \\\n${formatQemuArguments(lines)}`], { encoding: 'utf8' })

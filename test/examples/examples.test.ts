@@ -1,5 +1,5 @@
 /** The files under examples/ work as they stand: a user copies them. */
-import { execFileSync, spawnSync } from 'node:child_process'
+import { execFileSync, spawn, spawnSync } from 'node:child_process'
 import {
   closeSync,
   copyFileSync,
@@ -9,11 +9,13 @@ import {
   readFileSync,
   rmSync,
   truncateSync,
+  writeFileSync,
   writeSync,
 } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe, expect, it } from 'vitest'
+import { Running } from '../cli/spawn.ts'
 import { bootedExitCode, bootSector, exitPort } from '../guest/boot-sector.ts'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
@@ -44,6 +46,48 @@ describe('disks.yaml', () => {
     const args = virtiod('qemu-args', config)
     expect(args.status).toBe(0)
     expect(args.stdout.match(/-device/g)).toHaveLength(3)
+  })
+})
+
+describe('switch.yaml', () => {
+  const config = join(directory, 'switch.yaml')
+  const example = readFileSync(join(root, 'examples/switch.yaml'), 'utf8')
+  // Its port may be taken.
+  writeFileSync(config, example.replace('127.0.0.1:9401', '127.0.0.1:0'))
+  /** The commands in its comment. */
+  const commands = example
+    .replaceAll(/^# ?/gm, '')
+    .replaceAll(/\\\n\s*/g, '')
+    .split('\n')
+    .filter((line) => line.startsWith('  qemu-system-x86_64 '))
+    .map((line) => line.trim().split(/ +/).slice(1))
+
+  it('needs nothing, and has QEMU lines that say the same', () => {
+    expect(virtiod('run', config, '--check-config')).toMatchObject({ status: 0, stderr: '' })
+    const printed = virtiod('qemu-args', config)
+    expect(printed.status).toBe(0)
+    const devices = printed.stdout.match(/(?<=-device )\S+/g) ?? []
+    expect(devices).toHaveLength(2)
+    const told = commands.map((words) => words[words.indexOf('-device') + 1])
+    expect(told).toEqual(devices.map((device) => device.replace(/netdev=[^,]*/, 'netdev=net')))
+  })
+
+  it('connects both guests', async () => {
+    await using daemon = new Running(['run', config])
+    await daemon.printed('"ready"')
+    const guests = commands.map((words) =>
+      spawn('qemu-system-x86_64', [...words, '-nodefaults', '-display', 'none', '-S'], {
+        cwd: directory,
+        stdio: 'ignore',
+      })
+    )
+    try {
+      for (const name of ['web', 'db']) await daemon.printed(`"device":"${name}","session":`)
+      expect(daemon.stdout.match(/"msg":"front-end connected"/g)).toHaveLength(2)
+    } finally {
+      for (const guest of guests) guest.kill('SIGKILL')
+    }
+    expect((await daemon.stop()).code).toBe(0)
   })
 })
 

@@ -1,8 +1,10 @@
 /**
  * `virtiod qemu-args`: how to attach QEMU to what is served, from the same flags or file that serve it. It opens the devices, since
- * only they know their properties, but takes no locks: it works beside a running daemon.
+ * only they know their properties, but takes no locks and touches no taps: it works beside a running daemon.
  */
-import { fstatSync } from 'node:fs'
+import { createHash } from 'node:crypto'
+import { fstatSync, openSync } from 'node:fs'
+import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import * as v from 'valibot'
 import { configFromFlags, type DeviceConfig, loadConfig } from '../../daemon/config.ts'
@@ -10,10 +12,10 @@ import { deviceNames, devices } from '../../daemon/devices.ts'
 import { checkValues } from '../../daemon/option-table.ts'
 import { daemonOptions, listenerOptions } from '../../daemon/options.ts'
 import { formatQemuArguments, type QemuAttachment, qemuArguments } from '../../daemon/qemu-args.ts'
-import { ConfigError, type DeviceHost, type FileInfo } from '../../device/index.ts'
+import { ConfigError, type DeviceHost, type FileInfo, type NetworkHost, type QemuDevice } from '../../device/index.ts'
 import type { Command } from '../command.ts'
 import { EXIT_OK } from '../exit-codes.ts'
-import { deviceScope } from './device.ts'
+import { deviceScope, repeatable } from './device.ts'
 
 const guestOptions = v.strictObject({
   memory: v.optional(
@@ -41,7 +43,9 @@ export async function qemuArgsCommand(args: readonly string[]): Promise<Command>
     return {
       name: 'qemu-args',
       description,
-      usage: ['CONFIG [--memory SIZE]', ...deviceNames.map((name) => `[${name}] FLAGS [--memory SIZE]`)],
+      usage: ['CONFIG', ...deviceNames.map((name, index) => `${index === 0 ? `[${name}]` : name} FLAGS`)].map(
+        (what) => `${what} [--memory SIZE]`
+      ),
       positionals: [{ name: 'CONFIG', description: 'a YAML or JSON file, or the flags of a device command' }],
       scopes: [guest],
       run: async ({ values, positionals }) => print((await loadConfig(positionals[0]!)).devices, values),
@@ -53,6 +57,7 @@ export async function qemuArgsCommand(args: readonly string[]): Promise<Command>
     description,
     usage: ['--socket-path PATH [options]'],
     positionals: [],
+    repeatable: repeatable(devices[type]!.several),
     scopes: [
       guest,
       deviceScope(type, definition),
@@ -80,7 +85,8 @@ export async function attachment({ name, definition, options, socket }: DeviceCo
   const device = await definition.open(options, observer)
   try {
     const qemu = device.qemu?.()
-    if (qemu !== undefined) return { name, socketPath: resolve(socket.path), device: qemu }
+    const socketPath = resolve(socket.path)
+    if (qemu !== undefined) return { name, socketPath, device: withMac(qemu, socketPath) }
     throw new ConfigError(
       'ERR_ARGUMENT',
       name,
@@ -92,10 +98,50 @@ export async function attachment({ name, definition, options, socket }: DeviceCo
   }
 }
 
-const ignore = (): void => {}
+/**
+ * Left alone, every QEMU gives its first card the same MAC, and two guests of one switch could not talk: a card that has
+ * none gets one that is its socket's own and stays.
+ */
+function withMac(device: QemuDevice, socketPath: string): QemuDevice {
+  if (device.netdev === undefined || 'mac' in device.properties) return device
+  const digest = createHash('sha256').update(`${hostname()}:${socketPath}`).digest()
+  const mac = ['52', '54', '00', ...[0, 1, 2].map((index) => digest.toString('hex', index, index + 1))].join(':')
+  return { ...device, properties: { mac, ...device.properties } }
+}
 
-/** What a device sees of a host that only looks: no locks, no probing of the file. */
+const ignore = (): void => {}
+const succeed = (): number => 0
+
+/** Every tap and bridge is there and takes everything; none is touched. */
+const noNetwork: NetworkHost = {
+  // Fds that can be closed.
+  openTap: () => openSync('/dev/null', 'r+'),
+  tapInfo: () => ({
+    name: 'tap',
+    vnetHeader: true,
+    multiQueue: true,
+    tun: false,
+    packetInfo: false,
+    headerSize: 12,
+  }),
+  setTapHeaderSize: succeed,
+  setTapOffloads: succeed,
+  setTapQueue: succeed,
+  setNonblocking: succeed,
+  link: () => ({ index: 1, up: true, mtu: 1500, mac: new Uint8Array(6), bridge: true, master: 1 }),
+  setLinkUp: succeed,
+  setLinkMtu: succeed,
+  setLinkAddress: succeed,
+  addToBridge: succeed,
+  writePacket: succeed,
+}
+
+/** What a device sees of a host that only looks: no locks, no probing of the file, no taps. */
 export const observer: DeviceHost = {
+  name: '',
+  daemon: {},
+  network: noNetwork,
+  send: ignore,
   log: { debug: ignore, info: ignore, warn: ignore, error: ignore },
   fileInfo: (fd): FileInfo => {
     const stat = fstatSync(fd)
