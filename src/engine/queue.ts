@@ -86,6 +86,9 @@ export class Queue implements QueueContext {
   #broken = false
   /** The handler threw: it is called no more. */
   #failed = false
+  readonly #batch: (Chain | undefined)[] = new Array<Chain | undefined>(BATCH).fill(undefined)
+  /** Takes the result of loads that are done for their effect on the cache: they would be optimized away. */
+  touched = 0
   /** Chains completed, and how many of them `publish` has seen. */
   #completed = 0
   #published = 0
@@ -158,6 +161,7 @@ export class Queue implements QueueContext {
     const handler = this.#handler!
     const now = this.#owner.now
     const ring = this.#owner.ring
+    const batch = this.#batch
     let count = 0
     try {
       while (count < BATCH && ring.inFlight < ring.capacity) {
@@ -165,9 +169,16 @@ export class Queue implements QueueContext {
         if (chain === undefined) break
         chain.poppedAt = now
         this.inFlight++
-        count++
-        if (enabled) handler.handle(chain)
-        else handler.discard!(chain)
+        batch[count++] = chain
+      }
+      // The first bytes of all, before any of them is needed: what the driver wrote last is in its processor's cache, and
+      // fetched one after the other each would be waited for.
+      let touched = 0
+      for (let i = 0; i < count; i++) touched ^= batch[i]!.firstByte()
+      this.touched = touched
+      for (let i = 0; i < count; i++) {
+        if (enabled) handler.handle(batch[i]!)
+        else handler.discard!(batch[i]!)
       }
       if (count > 0 && enabled) handler.endBatch?.()
     } catch (error) {
