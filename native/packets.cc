@@ -3,27 +3,76 @@
 #include <sys/uio.h>
 
 #include <cstring>
+#include <memory>
 
 #include "common.h"
+#include "uring.h"
 
 namespace virtiod {
 
 constexpr int64_t kMaxVectors = 1024;  // UIO_MAXIOV: readv and writev refuse more
 
-static Napi::Value Copy(const Napi::CallbackInfo& info) {
-  Args args(info);
-  Span<double> pieces = args.Doubles(0, "pieces", 0);
-  size_t count = static_cast<size_t>(args.Integer(1, "count", 0, static_cast<double>(pieces.length / 3)));
-  if (args.failed()) return Undefined(info);
-  const double* piece = pieces.data;
-  for (size_t i = 0; i < count; i++, piece += 3) {
-    size_t bytes = static_cast<size_t>(piece[2]);
-    if (bytes == 0) continue;  // its addresses may be anything, which memcpy forbids even then
-    // SAFETY: both ranges lie in mappings that the caller holds. What is missing under them is the SIGBUS guard's.
-    memcpy(reinterpret_cast<void*>(static_cast<uintptr_t>(piece[0])),
-           reinterpret_cast<const void*>(static_cast<uintptr_t>(piece[1])), bytes);
+/** A list of copies in memory that JavaScript fills: how many, then destination, source and bytes of each, all doubles. */
+class Copier {
+ public:
+  Copier(Region* list, size_t capacity) : list_(list), capacity_(capacity) {}
+  ~Copier() { list_->Unref(); }
+  Copier(const Copier&) = delete;
+  Copier& operator=(const Copier&) = delete;
+
+  void Run() {
+    auto* numbers = static_cast<double*>(list_->base());
+    size_t count = numbers[0] > 0 ? static_cast<size_t>(numbers[0]) : 0;
+    if (count > capacity_) count = capacity_;
+    numbers[0] = 0;
+    const double* piece = numbers + 1;
+    for (size_t i = 0; i < count; i++, piece += 3) {
+      size_t bytes = static_cast<size_t>(piece[2]);
+      if (bytes == 0) continue;  // its addresses may be anything, which memcpy forbids even then
+      // SAFETY: both ranges lie in mappings that the caller holds. What is missing under them is the SIGBUS guard's.
+      memcpy(reinterpret_cast<void*>(static_cast<uintptr_t>(piece[0])),
+             reinterpret_cast<const void*>(static_cast<uintptr_t>(piece[1])), bytes);
+    }
   }
-  return Number(info, 0);
+
+ private:
+  Region* const list_;
+  const size_t capacity_;
+};
+
+/** The hot call: no arguments, nothing back. */
+static napi_value RunCopier(napi_env env, napi_callback_info info) {
+  void* data = nullptr;
+  napi_get_cb_info(env, info, nullptr, nullptr, nullptr, &data);
+  // SAFETY: `data` is the Copier that this function's finalizer deletes, so it lives as long as the function.
+  static_cast<Copier*>(data)->Run();
+  return nullptr;
+}
+
+static Napi::Value CreateCopier(const Napi::CallbackInfo& info) {
+  Args args(info);
+  size_t capacity = static_cast<size_t>(args.Integer(0, "capacity", 1, 1 << 20));
+  if (args.failed()) return Undefined(info);
+  size_t bytes = (1 + 3 * capacity) * sizeof(double);
+  Region* list = AllocateRegion(bytes);
+  if (list == nullptr) return Number(info, -errno);
+  auto copier = std::make_unique<Copier>(list, capacity);
+  Napi::Env env = info.Env();
+  Napi::Value pieces = list->ToBuffer(env, bytes);
+  if (pieces.IsEmpty()) return env.Undefined();  // the exception is pending
+  napi_value run = nullptr;
+  if (napi_create_function(env, "run", NAPI_AUTO_LENGTH, RunCopier, copier.get(), &run) != napi_ok ||
+      napi_add_finalizer(env, run, copier.get(),
+                         [](napi_env, void* data, void*) { delete static_cast<Copier*>(data); }, nullptr,
+                         nullptr) != napi_ok) {
+    Napi::Error::New(env, "cannot create a function").ThrowAsJavaScriptException();
+    return env.Undefined();
+  }
+  copier.release();
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("pieces", pieces);
+  object.Set("run", run);
+  return object;
 }
 
 static Napi::Value SendPackets(const Napi::CallbackInfo& info) {
@@ -110,7 +159,7 @@ static Napi::Value ReceivePackets(const Napi::CallbackInfo& info) {
 }
 
 void InitPackets(Napi::Env env, Napi::Object exports) {
-  Export<Copy>(env, exports, "copy");
+  Export<CreateCopier>(env, exports, "createCopier");
   Export<SendPackets>(env, exports, "sendPackets");
   Export<ReceivePackets>(env, exports, "receivePackets");
 }

@@ -82,6 +82,20 @@ export interface NativeRing {
   close(): void
 }
 
+/** What {@link Native.createCopier} returns. */
+export interface NativeCopier {
+  /**
+   * Float64: [0] = how many copies, then of copy i [1 + 3i] destination address, [2 + 3i] source address, [3 + 3i] bytes.
+   * The caller holds the mappings; the two ranges of a copy don't overlap.
+   */
+  readonly pieces: SharedArrayBuffer
+  /**
+   * Does them in order, and sets their number to 0. Where a page is missing (a front-end truncated its memory) the SIGBUS guard puts
+   * one there, and the copy goes on.
+   */
+  run(): void
+}
+
 /**
  * Watches fds on a helper thread and reports readiness on this thread's event loop; one-shot: `arm` again after each
  * report.
@@ -223,12 +237,8 @@ export interface Native {
   ringSetup(entries: number, cqEntries: number, emulate: boolean): NativeRing | number
 
   // ---- packets (hot path: once per batch)
-  /**
-   * Copies `count` pieces: pieces[3i] = destination address, [3i + 1] = source address, [3i + 2] = bytes. The caller
-   * holds both mappings; the ranges of one piece don't overlap (memcpy). A page that is missing, because a front-end
-   * truncated its memory, is the SIGBUS guard's: the copy goes on. Returns 0.
-   */
-  copy(pieces: Float64Array, count: number): number
+  /** A list of up to `capacity` (1 … 2^20) copies, and what runs them. -errno when there is no memory for it. */
+  createCopier(capacity: number): NativeCopier | number
   /**
    * Sends `count` packets on `fd`, one writev(2) each. `vectors` is the address of an array of struct iovec, all
    * packets' vectors one behind the other; packets[i] is the number of vectors of packet i on entry and its result on

@@ -53,6 +53,9 @@ export class Receiver {
   #first = 0
   #used = 0
   #held = 0
+  /** Of those: packets and their bytes. */
+  #packets = 0
+  #bytes = 0
 
   /** @param copies run by the caller before `flush` */
   constructor(context: QueueContext, counters: NetCounters, copies: CopyBatch, capture: CaptureWriter | undefined) {
@@ -79,8 +82,32 @@ export class Receiver {
    * @param header what the guest is told about it
    */
   deliverChain(header: PacketHeader, from: Chain, start: number, length: number): number {
+    const { headerSize } = this
+    // The usual case first: the next chain of the ring is all that it needs.
+    if (this.#used === this.#held && this.#held <= this.#mask) {
+      const chain = this.context.take()
+      if (chain !== undefined) {
+        const slot = (this.#first + this.#held++) & this.#mask
+        this.#chains[slot] = chain
+        if (chain.writable >= headerSize + length) {
+          this.#copies.chainToChain(from, start, chain, headerSize, length)
+          this.#written[slot] = headerSize + length
+          this.#finish(header, chain, 1, length)
+          this.#capture?.fromReadable(from, start, length, false)
+          return DELIVERED
+        }
+      }
+    }
     const count = this.#gather(length)
     if (count <= 0) return count < 0 ? DROPPED : NO_CHAINS
+    this.#spread(from, start, length, count)
+    this.#finish(header, this.#chains[(this.#first + this.#used) & this.#mask]!, count, length)
+    this.#capture?.fromReadable(from, start, length, false)
+    return DELIVERED
+  }
+
+  /** Copies into several chains, each of them filled but the last (virtio 1.3 §5.1.6.4.1). */
+  #spread(from: Chain, start: number, length: number, count: number): void {
     let at = start
     const end = start + length
     for (let i = 0; i < count; i++) {
@@ -92,9 +119,6 @@ export class Receiver {
       this.#written[slot] = skip + size
       at += size
     }
-    this.#finish(header, count, length)
-    this.#capture?.fromReadable(from, start, length, false)
-    return DELIVERED
   }
 
   /** Gives the guest the frame at `start` of a buffer, which has to stay as it is until the copies ran. */
@@ -112,19 +136,29 @@ export class Receiver {
       this.#written[slot] = skip + size
       at += size
     }
-    this.#finish(header, count, length)
+    this.#finish(header, this.#chains[(this.#first + this.#used) & this.#mask]!, count, length)
     this.#capture?.fromBytes(from.bytes, start, length, false)
     return DELIVERED
   }
 
   /** After the copies ran: the driver gets the chains, at the next publish. */
   flush(): void {
-    for (; this.#used > 0; this.#used--, this.#held--) {
-      const slot = this.#first
-      this.context.give(this.#chains[slot]!, this.#written[slot]!)
-      this.#chains[slot] = undefined
-      this.#first = (slot + 1) & this.#mask
+    const { context } = this
+    const chains = this.#chains
+    const written = this.#written
+    const mask = this.#mask
+    const used = this.#used
+    let slot = this.#first
+    for (let i = 0; i < used; i++) {
+      context.give(chains[slot]!, written[slot]!)
+      slot = (slot + 1) & mask
     }
+    this.#first = slot
+    this.#held -= used
+    this.#used = 0
+    this.#counters.packets(this.#packets, this.#bytes)
+    this.#packets = 0
+    this.#bytes = 0
   }
 
   /** Puts back what is not used. After `flush`. */
@@ -140,7 +174,6 @@ export class Receiver {
    * Holds chains for a frame. Returns how many, 0 when they are not there yet, -1 when the packet was dropped.
    */
   #gather(length: number): number {
-    if (!this.context.active) return this.#drop(DROP_DISABLED)
     const total = this.headerSize + length
     let room = 0
     let count = 0
@@ -148,7 +181,10 @@ export class Receiver {
       if (this.#used + count === this.#held) {
         const full = this.#held > this.#mask
         const chain = full ? undefined : this.context.take()
-        if (chain === undefined) return full && this.#used === 0 ? this.#drop(DROP_TOO_BIG) : 0
+        if (chain === undefined) {
+          if (!this.context.active) return this.#drop(DROP_DISABLED)
+          return full && this.#used === 0 ? this.#drop(DROP_TOO_BIG) : 0
+        }
         this.#chains[(this.#first + this.#held) & this.#mask] = chain
         this.#held++
       }
@@ -179,10 +215,12 @@ export class Receiver {
     return -1
   }
 
-  #finish(header: PacketHeader, count: number, length: number): void {
-    writeHeader(this.#chains[(this.#first + this.#used) & this.#mask]!, header, count, this.headerSize)
+  /** @param first of the `count` chains that the frame goes into */
+  #finish(header: PacketHeader, first: Chain, count: number, length: number): void {
+    writeHeader(first, header, count, this.headerSize)
     this.#used += count
-    this.#counters.packet(length)
+    this.#packets++
+    this.#bytes += length
     if (header.gsoType !== 0) this.#counters.add(SEGMENTED, 1)
     else if ((header.flags & net.VIRTIO_NET_HDR_F_NEEDS_CSUM) !== 0) this.#counters.add(PARTIAL_CHECKSUMS, 1)
   }
@@ -194,11 +232,9 @@ function writeHeader(chain: Chain, header: PacketHeader, buffers: number, size: 
   const word0 = header.flags | (gsoType << 8) | (header.hdrLen << 16)
   const word1 = header.gsoSize | (header.csumStart << 16)
   const word2 = header.csumOffset | (buffers << 16)
-  const first = chain.readableCount
-  const offset = chain.offset[first]!
-  const region = chain.regions[chain.region[first]!]!
-  if (chain.length[first]! >= size && (offset & 3) === 0 && size === net.VIRTIO_NET_HDR_SIZE) {
-    const { words } = region
+  const offset = chain.offset[0]!
+  if (chain.readableCount === 0 && chain.length[0]! >= size && (offset & 3) === 0 && size === net.VIRTIO_NET_HDR_SIZE) {
+    const { words } = chain.first
     const at = offset / 4
     words[at] = word0
     words[at + 1] = word1

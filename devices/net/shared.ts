@@ -67,9 +67,10 @@ export class NetCounters {
     this.values = new Float64Array(buffer, queue * QUEUE_COUNTERS * 8, QUEUE_COUNTERS)
   }
 
-  packet(bytes: number): void {
+  /** `count` packets passed, with so many bytes together. */
+  packets(count: number, bytes: number): void {
     const { values } = this
-    values[PACKETS] = values[PACKETS]! + 1
+    values[PACKETS] = values[PACKETS]! + count
     values[BYTES] = values[BYTES]! + bytes
   }
 

@@ -17,6 +17,10 @@ const COPY_PIECES = 1024
 /** The uplink's number in the address table. */
 const UPLINK_PORT = MAX_PORTS
 const MAC_BYTES = 6
+/** A destination: every port. */
+const ALL = -1
+/** The global is a getter, which costs as much as the clock itself. */
+const clock = performance
 /** Between two looks at the whole address table (10 µs). */
 const EXPIRY_SECONDS = 30
 
@@ -29,10 +33,13 @@ export class SwitchPort {
   pairs: number
   /** Queue handlers that use it. */
   users = 0
-  /** The source address that was learnt last, and when. */
-  lastHigh = -1
-  lastLow = 0
-  lastSeen = 0
+  // The addresses of its last frame as three words, and where it went: most frames go where the one before them went.
+  word0 = 0
+  word1 = 0
+  word2 = 0
+  to = ALL
+  /** The table's state when that was looked up. */
+  epoch = -1
 
   constructor(index: number, pairs: number) {
     this.index = index
@@ -59,21 +66,23 @@ export class Switch {
   readonly #counters: Float64Array
   readonly #table = new MacTable()
   readonly #ports: SwitchPort[] = []
+  /** The same by number. */
+  readonly #byIndex: (SwitchPort | undefined)[] = new Array<SwitchPort | undefined>(MAX_PORTS).fill(undefined)
   /** Receivers with packets that the copies are for. */
   readonly #dirty: SwitchReceive[] = []
   #uplink: Uplink | undefined
+  /** As if the uplink were one of the cards. */
+  readonly #uplinkPort = new SwitchPort(UPLINK_PORT, 1)
   /** Seconds, at the last batch. */
-  #now = performance.now() / 1000
+  #now = clock.now() / 1000
   #expireAt = 0
-  // The destination that was looked up last: most packets of a batch go to one.
-  #foundHigh = -1
-  #foundLow = 0
-  #foundPort = -1
-  // The addresses of the frame at hand.
-  #toHigh = 0
-  #toLow = 0
-  #fromHigh = 0
-  #fromLow = 0
+  /** Changes with the table, and each second, so that addresses in use don't age. */
+  #epoch = 0
+  #epochEnds = 0
+  // The addresses of the frame at hand, as in SwitchPort.
+  #word0 = 0
+  #word1 = 0
+  #word2 = 0
 
   private constructor(context: QueueContext, place: SwitchPlace) {
     this.name = place.name
@@ -90,9 +99,10 @@ export class Switch {
       switches.set(place.name, hub)
     }
     if (place.uplinkFd >= 0) hub.#uplink ??= new Uplink(hub, context, place.uplinkFd)
-    let port = hub.#ports.find(({ index }) => index === place.port)
+    let port = hub.#byIndex[place.port]
     if (port === undefined) {
       port = new SwitchPort(place.port, pairs)
+      hub.#byIndex[place.port] = port
       hub.#ports.push(port)
     }
     port.users++
@@ -102,9 +112,9 @@ export class Switch {
   leave(port: SwitchPort): void {
     if (--port.users > 0) return
     this.#ports.splice(this.#ports.indexOf(port), 1)
+    this.#byIndex[port.index] = undefined
     this.#table.forget(port.index)
-    this.#foundHigh = -1
-    this.#counters[TABLE_ENTRIES] = this.#table.size
+    this.#tableChanged()
     if (this.#ports.length > 0) return
     switches.delete(this.name)
     this.#counters[TABLE_ENTRIES] = 0
@@ -123,46 +133,40 @@ export class Switch {
     start: number,
     length: number
   ): void {
-    this.#readAddresses(chain, start)
-    this.#learn(from)
-    const to = this.#destination()
-    if (to === UPLINK_PORT) this.#uplink?.sendChain(header, chain, start, length)
-    else if (to >= 0) {
-      if (to !== from.index) this.#toPort(this.#port(to), pair, header, chain, start, length)
-    } else {
-      this.#counters[FLOODS] = this.#counters[FLOODS]! + 1
-      this.#uplink?.sendChain(header, chain, start, length)
-      for (let i = 0; i < this.#ports.length; i++)
-        if (this.#ports[i] !== from) this.#toPort(this.#ports[i], pair, header, chain, start, length)
+    this.#readChain(chain, start)
+    const to = this.#destination(from)
+    if (to >= 0) {
+      if (to === UPLINK_PORT) this.#uplink?.sendChain(header, chain, start)
+      else if (to !== from.index) this.#toPort(this.#byIndex[to], pair, header, chain, start, length)
+      return
     }
+    this.#counters[FLOODS] = this.#counters[FLOODS]! + 1
+    this.#uplink?.sendChain(header, chain, start)
+    for (let i = 0; i < this.#ports.length; i++)
+      if (this.#ports[i] !== from) this.#toPort(this.#ports[i], pair, header, chain, start, length)
   }
 
   /** The same for a frame in a buffer, from a port or (undefined) from the uplink. */
   forwardBuffer(
-    from: SwitchPort | undefined,
+    port: SwitchPort | undefined,
     pair: number,
     header: PacketHeader,
     buffer: IoBuffer,
     start: number,
     length: number
   ): void {
-    const { bytes } = buffer
-    this.#toHigh = high(bytes, start)
-    this.#toLow = low(bytes, start + 2)
-    this.#fromHigh = high(bytes, start + MAC_BYTES)
-    this.#fromLow = low(bytes, start + MAC_BYTES + 2)
-    if (from !== undefined) this.#learn(from)
-    else if (this.#table.learn(this.#fromHigh, this.#fromLow, UPLINK_PORT, this.#now)) this.#learnt()
-    const to = this.#destination()
-    if (to >= 0 && to !== UPLINK_PORT) {
-      if (to !== from?.index) this.#bufferToPort(this.#port(to), pair, header, buffer, start, length)
+    const from = port ?? this.#uplinkPort
+    this.#readBytes(buffer.bytes, start)
+    const to = this.#destination(from)
+    if (to === from.index) return
+    if (to >= 0) {
+      if (to === UPLINK_PORT) this.#uplink?.sendBuffer(header, buffer, start, length)
+      else this.#bufferToPort(this.#byIndex[to], pair, header, buffer, start, length)
       return
     }
-    if (from === undefined && to === UPLINK_PORT) return
-    if (from !== undefined) this.#uplink?.sendBuffer(header, buffer, start, length)
-    if (to === UPLINK_PORT) return
     this.#counters[FLOODS] = this.#counters[FLOODS]! + 1
-    for (const port of this.#ports) if (port !== from) this.#bufferToPort(port, pair, header, buffer, start, length)
+    if (port !== undefined) this.#uplink?.sendBuffer(header, buffer, start, length)
+    for (const other of this.#ports) if (other !== port) this.#bufferToPort(other, pair, header, buffer, start, length)
   }
 
   /** A receiver got something that waits for the copies. */
@@ -177,8 +181,12 @@ export class Switch {
     const dirty = this.#dirty
     for (let i = 0; i < dirty.length; i++) dirty[i]!.flush()
     dirty.length = 0
-    const now = performance.now() / 1000
+    const now = clock.now() / 1000
     this.#now = now
+    if (now >= this.#epochEnds) {
+      this.#epochEnds = now + 1
+      this.#epoch++
+    }
     if (now >= this.#expireAt) this.#expire(now)
   }
 
@@ -217,74 +225,75 @@ export class Switch {
     this.#counters[counter] = this.#counters[counter]! + 1
   }
 
-  #port(index: number): SwitchPort | undefined {
-    const ports = this.#ports
-    for (let i = 0; i < ports.length; i++) if (ports[i]!.index === index) return ports[i]
-    return undefined
+  /** Where the frame at hand, from this port, goes: a port's number, or ALL. */
+  #destination(from: SwitchPort): number {
+    if (
+      from.epoch !== this.#epoch ||
+      from.word0 !== this.#word0 ||
+      from.word1 !== this.#word1 ||
+      from.word2 !== this.#word2
+    )
+      this.#lookUp(from)
+    return from.to
   }
 
-  /** The port of the destination address, -1 = all. */
-  #destination(): number {
-    const toHigh = this.#toHigh
+  #lookUp(from: SwitchPort): void {
+    const word0 = this.#word0
+    const word1 = this.#word1
+    const word2 = this.#word2
+    const fromHigh = ((word1 >>> 8) & 0xff00) | (word1 >>> 24)
+    const known = this.#table.find(fromHigh, swap(word2), this.#now)
+    const learnt = this.#table.learn(fromHigh, swap(word2), from.index, this.#now)
+    if (learnt && known !== from.index) this.#tableChanged()
+    const toHigh = ((word0 & 0xff) << 8) | ((word0 >>> 8) & 0xff)
+    const toLow =
+      (((word0 >>> 16) & 0xff) << 24) | ((word0 >>> 24) << 16) | ((word1 & 0xff) << 8) | ((word1 >>> 8) & 0xff)
     // A group address: the lowest bit of the first byte (IEEE 802 §8.2).
-    if ((toHigh & 0x100) !== 0) return -1
-    if (toHigh === this.#foundHigh && this.#toLow === this.#foundLow) return this.#foundPort
-    const port = this.#table.find(toHigh, this.#toLow, this.#now)
-    if (port >= 0) {
-      this.#foundHigh = toHigh
-      this.#foundLow = this.#toLow
-      this.#foundPort = port
-    }
-    return port
-  }
-
-  #learn(port: SwitchPort): void {
-    // Once per second and address is often enough.
-    if (port.lastHigh === this.#fromHigh && port.lastLow === this.#fromLow && this.#now - port.lastSeen < 1) return
-    if (!this.#table.learn(this.#fromHigh, this.#fromLow, port.index, this.#now)) return
-    port.lastHigh = this.#fromHigh
-    port.lastLow = this.#fromLow
-    port.lastSeen = this.#now
-    this.#learnt()
-    // One that moved here is to be learnt again, at once, when it moves back.
-    for (let i = 0; i < this.#ports.length; i++) if (this.#ports[i] !== port) this.#unlearn(this.#ports[i]!)
-  }
-
-  #unlearn(port: SwitchPort): void {
-    if (port.lastHigh === this.#fromHigh && port.lastLow === this.#fromLow) port.lastHigh = -1
+    from.to = (word0 & 1) !== 0 ? ALL : this.#table.find(toHigh, toLow, this.#now)
+    from.word0 = word0
+    from.word1 = word1
+    from.word2 = word2
+    from.epoch = this.#epoch
   }
 
   /** What aged is forgotten when it is looked for; this is for the metric, and for addresses that nobody looks for. */
   #expire(now: number): void {
     this.#expireAt = now + EXPIRY_SECONDS
     this.#table.expire(now)
-    this.#learnt()
+    this.#tableChanged()
   }
 
-  #learnt(): void {
-    // The address may have moved, and with it what was found.
-    this.#foundHigh = -1
+  #tableChanged(): void {
+    this.#epoch++
     this.#counters[TABLE_ENTRIES] = this.#table.size
   }
 
   /** Reads both addresses once; `header.check` saw that they are there. */
-  #readAddresses(chain: Chain, start: number): void {
-    let segment = 0
-    let at = start
-    while (at >= chain.length[segment]!) at -= chain.length[segment++]!
-    if (at + 2 * MAC_BYTES <= chain.length[segment]!) {
-      const { bytes } = chain.regions[chain.region[segment]!]!
-      const offset = chain.offset[segment]! + at
-      this.#toHigh = high(bytes, offset)
-      this.#toLow = low(bytes, offset + 2)
-      this.#fromHigh = high(bytes, offset + MAC_BYTES)
-      this.#fromLow = low(bytes, offset + MAC_BYTES + 2)
+  #readChain(chain: Chain, start: number): void {
+    if (start + 2 * MAC_BYTES > chain.length[0]!) {
+      // The header may be in a descriptor of its own.
+      this.#word0 = chain.readU32(start) | 0
+      this.#word1 = chain.readU32(start + 4) | 0
+      this.#word2 = chain.readU32(start + 8) | 0
       return
     }
-    this.#toHigh = (chain.readU8(start) << 8) | chain.readU8(start + 1)
-    this.#toLow = swap(chain.readU32(start + 2))
-    this.#fromHigh = (chain.readU8(start + MAC_BYTES) << 8) | chain.readU8(start + MAC_BYTES + 1)
-    this.#fromLow = swap(chain.readU32(start + MAC_BYTES + 2))
+    const region = chain.first
+    const offset = chain.offset[0]! + start
+    if ((offset & 3) !== 0) {
+      this.#readBytes(region.bytes, offset)
+      return
+    }
+    const { words } = region
+    const word = offset / 4
+    this.#word0 = words[word]! | 0
+    this.#word1 = words[word + 1]! | 0
+    this.#word2 = words[word + 2]! | 0
+  }
+
+  #readBytes(bytes: Uint8Array, at: number): void {
+    this.#word0 = word(bytes, at)
+    this.#word1 = word(bytes, at + 4)
+    this.#word2 = word(bytes, at + 8)
   }
 }
 
@@ -326,16 +335,12 @@ export class SwitchLink implements Link {
   }
 }
 
-function high(bytes: Uint8Array, at: number): number {
-  return (bytes[at]! << 8) | bytes[at + 1]!
+/** Four bytes as a little-endian word, signed. */
+function word(bytes: Uint8Array, at: number): number {
+  return bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16) | (bytes[at + 3]! << 24)
 }
 
-/** Signed, as the address table keeps it. */
-function low(bytes: Uint8Array, at: number): number {
-  return (bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!
-}
-
-/** The bytes of a little-endian word as `low` reads them. */
-function swap(word: number): number {
-  return (word << 24) | ((word & 0xff00) << 8) | ((word >>> 8) & 0xff00) | (word >>> 24)
+/** Bytes in reverse: a little-endian word as the address table wants it. */
+function swap(little: number): number {
+  return (little << 24) | ((little & 0xff00) << 8) | ((little >>> 8) & 0xff00) | (little >>> 24)
 }

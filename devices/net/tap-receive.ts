@@ -139,7 +139,7 @@ export class TapReceive implements ReceiveHandler {
       count++
     }
     if (this.#capturing) this.#capture!.commit()
-    this.#counters.packet(size - headerSize)
+    this.#counters.packets(1, size - headerSize)
     const offset = first.offset[first.readableCount]!
     const { bytes } = first.regions[first.region[first.readableCount]!]!
     if (first.length[first.readableCount]! >= net.VIRTIO_NET_HDR_SIZE) {

@@ -76,7 +76,7 @@ export class Uplink {
     this.#watcher = undefined
   }
 
-  sendChain(header: PacketHeader, chain: Chain, start: number, _length: number): void {
+  sendChain(header: PacketHeader, chain: Chain, start: number): void {
     const sender = this.#sender
     if (sender.count === BATCH) this.flush()
     if (this.#add(header, chain, start)) return

@@ -205,7 +205,7 @@ interface CommonHandler {
 }
 
 /**
- * One virtqueue whose chains are requests. Methods must not throw (that ends the session), block or allocate per
+ * One virtqueue whose chains are requests: it has `handle` or `handleBatch`. Methods must not throw (that ends the session), block or allocate per
  * request.
  */
 export interface QueueHandler extends CommonHandler {
@@ -214,9 +214,12 @@ export interface QueueHandler extends CommonHandler {
    * chain's structure is checked; its contents are the guest's and may change while they are read: read each field
    * once.
    */
-  handle(chain: Chain): void
-  /** After some calls of `handle`: does what they put off, so that one native call serves them all. */
-  endBatch?(): void
+  handle?(chain: Chain): void
+  /**
+   * Takes `count` chains at once instead of one by `handle`, so that one native call can serve them all. The array is used again
+   * after it returns.
+   */
+  handleBatch?(chains: readonly Chain[], count: number): void
   /**
    * The I/O operation that this handler submitted for `chain` ended: `result` bytes, or -errno. -EAGAIN and -EINTR
    * say that nothing was done: submit it again.

@@ -3,23 +3,39 @@
  * buffers become addresses.
  */
 import type { Chain, CopyBatch, IoBuffer } from '../device/index.ts'
-import { native } from '../native.ts'
+import { native, systemError } from '../native.ts'
 
 /** Doubles per piece: destination, source, bytes. */
 const PIECE = 3
 
 export class PieceBatch implements CopyBatch {
   readonly #pieces: Float64Array
+  readonly #run: () => void
   readonly #end: number
-  #at = 0
+  #at = 1
 
   /** @param capacity pieces: one per pair of segments that overlap */
   constructor(capacity: number) {
-    this.#pieces = new Float64Array(capacity * PIECE)
-    this.#end = capacity * PIECE
+    const copier = native.createCopier(capacity)
+    if (typeof copier === 'number') throw systemError(copier, 'mmap', 'cannot allocate a list of copies')
+    this.#pieces = new Float64Array(copier.pieces)
+    this.#run = copier.run
+    this.#end = 1 + capacity * PIECE
   }
 
   chainToChain(from: Chain, fromStart: number, to: Chain, toStart: number, length: number): void {
+    // One piece, as small packets are.
+    if (
+      to.readableCount === 0 &&
+      to.count > 0 &&
+      from.readableCount > 0 &&
+      fromStart + length <= from.length[0]! &&
+      toStart + length <= to.length[0]!
+    ) {
+      // SAFETY: as in `address`.
+      this.#add(to.first.hva + to.offset[0]! + toStart, from.first.hva + from.offset[0]! + fromStart, length)
+      return
+    }
     let source = 0
     let skip = fromStart
     while (source < from.readableCount && skip >= from.length[source]!) skip -= from.length[source++]!
@@ -84,10 +100,10 @@ export class PieceBatch implements CopyBatch {
   }
 
   run(): void {
-    if (this.#at === 0) return
-    const count = this.#at / PIECE
-    this.#at = 0
-    native.copy(this.#pieces, count)
+    if (this.#at === 1) return
+    this.#pieces[0] = (this.#at - 1) / PIECE
+    this.#at = 1
+    this.#run()
   }
 
   #add(to: number, from: number, length: number): void {

@@ -34,6 +34,9 @@ const ECANCELED = -125
  */
 const BATCH = 16
 
+/** For handlers that take batches: packets take less time each, and half of what a batch costs is shared. */
+const LARGE_BATCH = 32
+
 /** What a queue needs of its iothread. */
 export interface QueueOwner {
   readonly ring: IoRing
@@ -59,6 +62,8 @@ export class Queue implements QueueContext {
   enabled: boolean
   stopping = false
   #paused = false
+  /** Enabled and none of paused, stopping and broken: asked for per packet. */
+  #active = false
   /** The driver doesn't kick: the iothread must not sleep while this ring is served. */
   kickless: boolean
   readonly #owner: QueueOwner
@@ -86,9 +91,12 @@ export class Queue implements QueueContext {
   #broken = false
   /** The handler threw: it is called no more. */
   #failed = false
-  readonly #batch: (Chain | undefined)[] = new Array<Chain | undefined>(BATCH).fill(undefined)
-  /** Takes the result of loads that are done for their effect on the cache: they would be optimized away. */
-  touched = 0
+  /** What `drain` popped. Chains are pooled: what stays in it costs nothing. */
+  readonly #batch: Chain[] = []
+  /** The handler takes batches. */
+  #batches = false
+  /** Chains that `take` took and `untake` did not put back, since they were last counted. */
+  #taken = 0
   /** Chains completed, and how many of them `publish` has seen. */
   #completed = 0
   #published = 0
@@ -114,17 +122,21 @@ export class Queue implements QueueContext {
 
   /** Attaches the device's handler and begins to listen for kicks. */
   begin(handler: QueueHandler | ReceiveHandler): void {
+    this.#settle()
     if ('receive' in handler) {
       this.#receiver = handler
       // Until it waits for chains it needs no kick.
       this.vring.suppress()
-    } else this.#handler = handler
+    } else {
+      this.#handler = handler
+      this.#batches = handler.handleBatch !== undefined
+    }
     this.#armKick()
   }
 
   /** Chains may be popped for their purpose. */
   get active(): boolean {
-    return this.enabled && !this.#paused && !this.stopping && !this.#broken
+    return this.#active
   }
 
   /** `drain` may be called: as `active`, or a disabled ring's chains are discarded. */
@@ -164,27 +176,25 @@ export class Queue implements QueueContext {
     const batch = this.#batch
     let count = 0
     try {
-      while (count < BATCH && ring.inFlight < ring.capacity) {
+      const most = this.#batches ? LARGE_BATCH : BATCH
+      while (count < most && ring.inFlight < ring.capacity) {
         const chain = vring.pop()
         if (chain === undefined) break
         chain.poppedAt = now
         this.inFlight++
         batch[count++] = chain
       }
-      // The first bytes of all, before any of them is needed: what the driver wrote last is in its processor's cache, and
-      // fetched one after the other each would be waited for.
-      let touched = 0
-      for (let i = 0; i < count; i++) touched ^= batch[i]!.firstByte()
-      this.touched = touched
-      for (let i = 0; i < count; i++) {
-        if (enabled) handler.handle(batch[i]!)
-        else handler.discard!(batch[i]!)
-      }
-      if (count > 0 && enabled) handler.endBatch?.()
+      if (!enabled) for (let i = 0; i < count; i++) handler.discard!(batch[i]!)
+      else if (this.#batches) {
+        if (count > 0) handler.handleBatch!(batch, count)
+      } else for (let i = 0; i < count; i++) handler.handle!(batch[i]!)
     } catch (error) {
       this.#fail(error)
     }
-    if (count > 0) this.#popped(count)
+    if (count > 0) {
+      this.#counters.add(CHAINS, count)
+      if (!this.#suppressed) this.#suppress()
+    }
     if (vring.error !== undefined && !this.#broken) this.#break()
     return count
   }
@@ -198,29 +208,28 @@ export class Queue implements QueueContext {
     }
   }
 
-  #popped(count: number): void {
-    this.#counters.add(CHAINS, count)
-    if (this.#suppressed) return
+  #suppress(): void {
     this.#suppressed = true
     this.vring.suppress()
   }
 
   take(): Chain | undefined {
-    if (!this.active) return undefined
+    if (!this.#active) return undefined
     const chain = this.vring.pop()
     if (chain === undefined) {
       if (this.vring.error !== undefined) this.#break()
       return undefined
     }
     this.inFlight++
-    this.#popped(1)
+    this.#taken++
+    if (!this.#suppressed) this.#suppress()
     return chain
   }
 
   untake(chain: Chain): void {
     this.vring.unpop(chain)
     this.inFlight--
-    this.#counters.add(CHAINS, -1)
+    this.#taken--
   }
 
   give(chain: Chain, written: number): void {
@@ -228,7 +237,6 @@ export class Queue implements QueueContext {
     this.vring.push(chain, written)
     this.inFlight--
     this.#completed++
-    this.#counters.add(COMPLETED, 1)
   }
 
   report(message: unknown): void {
@@ -248,6 +256,9 @@ export class Queue implements QueueContext {
   publish(): void {
     const completed = this.#completed
     if (completed === this.#published) return
+    this.#counters.add(COMPLETED, completed - this.#published)
+    this.#counters.add(CHAINS, this.#taken)
+    this.#taken = 0
     this.#published = completed
     if (this.vring.publish()) this.call()
     else this.#counters.add(CALLS_SUPPRESSED, 1)
@@ -354,6 +365,7 @@ export class Queue implements QueueContext {
   stop(): void {
     this.#release()
     this.stopping = true
+    this.#settle()
     this.#watches.end()
     this.#cancelKick()
     this.#cancelCall()
@@ -362,16 +374,19 @@ export class Queue implements QueueContext {
   setEnabled(enabled: boolean): void {
     if (!enabled) this.#release()
     this.enabled = enabled
+    this.#settle()
   }
 
   /** Stops popping for a while, for another memory; `drained` tells when nothing is in flight. */
   pause(): void {
     this.#release()
     this.#paused = true
+    this.#settle()
   }
 
   resume(): void {
     this.#paused = false
+    this.#settle()
   }
 
   /** A message of the device's control half. */
@@ -439,15 +454,21 @@ export class Queue implements QueueContext {
     else this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${result})`))
   }
 
+  #settle(): void {
+    this.#active = this.enabled && !this.#paused && !this.stopping && !this.#broken
+  }
+
   #fail(error: unknown): void {
     this.#broken = true
     this.#failed = true
+    this.#settle()
     this.#owner.deviceFailed(this, error)
   }
 
   #break(): void {
     if (this.#broken) return
     this.#broken = true
+    this.#settle()
     this.#counters.add(BROKEN, 1)
     this.#owner.ringBroke(this)
   }

@@ -2,6 +2,7 @@
  * The front-end's memory regions: checked, mapped, translated. It owns the mappings until `release`; who may still
  * use them is the session's business.
  */
+import { fstatSync } from 'node:fs'
 import { native } from '../native.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import { ProtocolError } from './errors.ts'
@@ -21,13 +22,16 @@ export class MappedRegion {
   readonly uva: number
   readonly hva: number
   readonly buffer: SharedArrayBuffer
+  /** Which file, and from which offset: tells a region that is added again from another one. */
+  readonly source: string
 
-  constructor(gpa: number, size: number, uva: number, hva: number, buffer: SharedArrayBuffer) {
+  constructor(gpa: number, size: number, uva: number, hva: number, buffer: SharedArrayBuffer, source: string) {
     this.gpa = gpa
     this.size = size
     this.uva = uva
     this.hva = hva
     this.buffer = buffer
+    this.source = source
   }
 
   /** The front-end truncated the file: the SIGBUS guard laid empty memory over the mapping. */
@@ -43,6 +47,8 @@ export class MappedRegion {
 
 export class MemoryTable {
   regions: MappedRegion[] = []
+  /** How often a region was added again, by its addresses. */
+  readonly #again = new Map<string, number>()
 
   /** Bytes mapped. */
   get size(): number {
@@ -81,7 +87,38 @@ export class MemoryTable {
         throw memoryError("two regions overlap in the front-end's memory")
     }
     const mapping = mapRegion(fd, Number(mmapOffset), length)
-    return new MappedRegion(gpa, length, uva, mapping.address, mapping.buffer)
+    return new MappedRegion(gpa, length, uva, mapping.address, mapping.buffer, sourceOf(fd, mmapOffset))
+  }
+
+  /**
+   * Whether exactly this region is there already. QEMU adds and removes each region once per queue pair of a network card, over
+   * one connection, and one pair's removal may come before the next one's addition: so each further addition excuses one
+   * further removal (`excuses`), and the first removal takes the region away.
+   */
+  hasAlready({ guestAddress, size, userAddress, mmapOffset }: MemoryRegionDescription, fd: number): boolean {
+    const same = this.find(guestAddress, userAddress, size)
+    if (same === undefined || same.source !== sourceOf(fd, mmapOffset)) return false
+    const key = keyOf(guestAddress, userAddress, size)
+    if (!this.#again.has(key) && this.#again.size >= MAX_MEM_SLOTS) return false
+    this.#again.set(key, (this.#again.get(key) ?? 0) + 1)
+    return true
+  }
+
+  /** Whether a region that is not there may be removed: it was there, and added more than once. */
+  excuses(guestAddress: bigint, userAddress: bigint, size: bigint): boolean {
+    const key = keyOf(guestAddress, userAddress, size)
+    const left = this.#again.get(key)
+    if (left === undefined) return false
+    if (left === 1) this.#again.delete(key)
+    else this.#again.set(key, left - 1)
+    return true
+  }
+
+  find(guestAddress: bigint, userAddress: bigint, size: bigint): MappedRegion | undefined {
+    return this.regions.find(
+      ({ gpa, uva, size: length }) =>
+        BigInt(gpa) === guestAddress && BigInt(uva) === userAddress && BigInt(length) === size
+    )
   }
 
   /** The GPA of `length` bytes at a front-end address, or undefined when they are not inside one region. */
@@ -93,6 +130,20 @@ export class MemoryTable {
     )
     if (region === undefined || length > region.uva + region.size - address) return undefined
     return region.gpa + (address - region.uva)
+  }
+}
+
+function keyOf(guestAddress: bigint, userAddress: bigint, size: bigint): string {
+  return `${guestAddress} ${userAddress} ${size}`
+}
+
+/** @throws ProtocolError */
+function sourceOf(fd: number, offset: bigint): string {
+  try {
+    const { dev, ino } = fstatSync(fd, { bigint: true })
+    return `${dev} ${ino} ${offset}`
+  } catch (cause) {
+    throw new ProtocolError('ERR_PROTOCOL_MEMORY', 'the fd of a region cannot be examined', { cause })
   }
 }
 

@@ -203,6 +203,7 @@ export class Session {
   }
 
   async addMemoryRegion(description: Parameters<typeof MemoryTable.map>[0], fd: number): Promise<void> {
+    if (this.host.network !== undefined && this.memory.hasAlready(description, fd)) return
     const region = MemoryTable.map(description, fd, this.memory.regions)
     this.memory.regions = [...this.memory.regions, region]
     // Nothing goes away, so nothing has to stop.
@@ -210,10 +211,11 @@ export class Session {
   }
 
   async removeMemoryRegion(gpa: bigint, uva: bigint, size: bigint): Promise<void> {
-    const region = this.memory.regions.find(
-      (candidate) => BigInt(candidate.gpa) === gpa && BigInt(candidate.uva) === uva && BigInt(candidate.size) === size
-    )
-    if (region === undefined) throw new ProtocolError('ERR_PROTOCOL_MEMORY', 'no such region')
+    const region = this.memory.find(gpa, uva, size)
+    if (region === undefined) {
+      if (this.memory.excuses(gpa, uva, size)) return
+      throw new ProtocolError('ERR_PROTOCOL_MEMORY', 'no such region')
+    }
     await this.#exchangeMemory(this.memory.regions.filter((candidate) => candidate !== region))
   }
 

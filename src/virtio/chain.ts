@@ -6,10 +6,12 @@
  * Positions in the accessors are byte positions in the readable or the writable part: framing is the driver's
  * business (virtio 1.3 §2.7.4.1).
  */
-import type { GuestMemory, MemoryRegion } from './memory.ts'
+import { type GuestMemory, MemoryRegion } from './memory.ts'
 
 /** Segments that a chain has room for before its arrays grow. */
 const INITIAL_SEGMENTS = 4
+
+const NO_REGION = new MemoryRegion({ gpa: 0, size: 0, hva: 0, buffer: new ArrayBuffer(0) })
 
 export class Chain {
   /** Index of the first descriptor; identifies the chain while it is in flight. */
@@ -26,6 +28,8 @@ export class Chain {
   poppedAt = 0
   /** The memory that the segments refer to. */
   regions: readonly MemoryRegion[]
+  /** The region of segment 0, whatever it was before while there is none. Most chains of packets have no other. */
+  first: MemoryRegion
   /** Per segment: index of its region, offset in that region, length in bytes. */
   region: Uint16Array
   offset: Float64Array
@@ -34,6 +38,7 @@ export class Chain {
   constructor(head: number) {
     this.head = head
     this.regions = []
+    this.first = NO_REGION
     this.region = new Uint16Array(INITIAL_SEGMENTS)
     this.offset = new Float64Array(INITIAL_SEGMENTS)
     this.length = new Uint32Array(INITIAL_SEGMENTS)
@@ -49,6 +54,27 @@ export class Chain {
   }
 
   /**
+   * Makes it a chain of one buffer. Returns false, having changed nothing, when that is not in one region of `memory`: the usual
+   * case of `begin` and `append` in fewer steps.
+   */
+  single(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
+    const index = memory.find(gpa)
+    if (index < 0) return false
+    const region = memory.regions[index]!
+    if (length === 0 || length > region.end - gpa) return false
+    this.regions = memory.regions
+    this.first = region
+    this.region[0] = index
+    this.offset[0] = gpa - region.gpa
+    this.length[0] = length
+    this.count = 1
+    this.readableCount = writable ? 0 : 1
+    this.readable = writable ? 0 : length
+    this.writable = writable ? length : 0
+    return true
+  }
+
+  /**
    * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false
    * when part of it is outside `memory`. The caller adds readable buffers before writable ones.
    */
@@ -61,7 +87,8 @@ export class Chain {
       const region = memory.regions[index]!
       const take = Math.min(left, region.end - at)
       const segment = this.count
-      if (segment === this.length.length) this.#grow()
+      if (segment === 0) this.first = region
+      else if (segment === this.length.length) this.#grow()
       this.region[segment] = index
       this.offset[segment] = at - region.gpa
       this.length[segment] = take
@@ -92,7 +119,7 @@ export class Chain {
 
   /** The chain's first byte, to have it in the processor's cache; 0 when it has none. */
   firstByte(): number {
-    return this.count === 0 ? 0 : this.regions[this.region[0]!]!.bytes[this.offset[0]!]!
+    return this.count === 0 ? 0 : this.first.bytes[this.offset[0]!]!
   }
 
   /** Byte `at` of the device-readable part. @throws RangeError beyond it */
@@ -116,7 +143,7 @@ export class Chain {
     // The usual case, a header in one descriptor, is one load, or four: network packets are not aligned.
     if (this.readableCount > 0 && at + 4 <= this.length[0]!) {
       const offset = this.offset[0]! + at
-      const region = this.regions[this.region[0]!]!
+      const region = this.first
       if (offset % 4 === 0) return region.words[offset / 4]!
       const { bytes } = region
       return (

@@ -148,10 +148,22 @@ export class SplitRing implements Vring {
       this.#fail('ERR_RING_HEAD_BUSY')
       return undefined
     }
-    chain.begin(this.#memory)
-    if (!this.#walk(chain, head)) return undefined
+    if (!this.#takeSingle(chain, head)) {
+      chain.begin(this.#memory)
+      if (!this.#walk(chain, head)) return undefined
+    }
     chain.inFlight = true
     return chain
+  }
+
+  /** A chain of one descriptor, as those of network cards are. Of any other nothing that was read here is used. */
+  #takeSingle(chain: Chain, head: number): boolean {
+    const table = this.#descriptors
+    const word = head * 4
+    const flags = table[word + 3]! & 0xffff
+    if ((flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0) return false
+    const gpa = table[word]! + table[word + 1]! * 0x1_0000_0000
+    return chain.single(this.#memory, gpa, table[word + 2]!, (flags & VIRTQ_DESC_F_WRITE) !== 0)
   }
 
   push(chain: Chain, written: number): void {

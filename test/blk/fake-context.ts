@@ -213,7 +213,7 @@ export class Bench {
   }
 
   handle(chain: Chain): Chain {
-    this.handler.handle(chain)
+    this.handler.handle!(chain)
     return chain
   }
 

@@ -161,12 +161,12 @@ describe.each([
     await card.reported({ batch: 1 })
   })
 
-  it('a batch ends after its chains', async () => {
+  it('a handler of batches gets its chains together', async () => {
     await using engine = await Engine.start(emulate)
     const card = await Card.start(engine)
-    card.tx.offer(...Array.from({ length: 20 }, (_, slot) => card.tx.prepare(slot, slot)))
-    await card.tx.used(20)
-    await card.reported({ batch: 16 }, { batch: 4 })
+    card.tx.offer(...Array.from({ length: 32 }, (_, slot) => card.tx.prepare(slot, slot)))
+    await card.tx.used(32)
+    await card.reported({ batch: 32 })
   })
 
   it('an fd that is watched is told of each time, until it is not watched any more', async () => {

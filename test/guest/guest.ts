@@ -14,11 +14,15 @@ import { createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { findCommand, findGuestFiles } from '../setup/prerequisites.ts'
-import { cpio, initramfs, marker } from './initramfs.ts'
+import { cpio, type GuestKind, initramfs, marker } from './initramfs.ts'
 
 export interface GuestOptions {
   /** What is added to the machine: chardevs, devices. The guest's RAM is the memory backend "mem", shared. */
   readonly qemuArgs: readonly string[]
+  /** Which tools and kernel modules the guest has (default: disk). */
+  readonly kind?: GuestKind
+  /** Words before QEMU's: a program that brings it into a network namespace and replaces itself by it. */
+  readonly prefix?: readonly string[]
   /** A shell script that the guest runs before it powers off; without one the guest waits for `run` and `sh`. */
   readonly script?: string
   readonly cpus?: number
@@ -133,7 +137,10 @@ export class Guest {
         this.#console += `${String(error)}\n`
         end(null)
       })
-      child.once('close', (code) => end(code))
+      child.once('close', (code, signal) => {
+        if (signal !== null && signal !== 'SIGKILL') this.#console += `\nQEMU was ended by ${signal}\n`
+        end(code)
+      })
     })
     // SeaBIOS and the kernel's console.
     const consoleLines = lineReader((line) => this.#onLine(line))
@@ -196,7 +203,7 @@ export class Guest {
       'chardev=qmp,mode=control',
     ]
     if (linux) {
-      let initrd = initramfs(files)
+      let initrd = initramfs(options.kind, files)
       if (options.script !== undefined) {
         const both = Buffer.concat([readFileSync(initrd), cpio([{ name: 'script', data: options.script }])])
         initrd = join(directory, 'initrd')
@@ -212,7 +219,8 @@ export class Guest {
       ]
       args.push('-kernel', files.kernel, '-initrd', initrd, '-append', words.join(' ').trim())
     }
-    const child = spawnTied(qemu, [...args, ...options.qemuArgs], { stdio: ['pipe', 'pipe', 'pipe'] })
+    const [command = qemu, ...words] = [...(options.prefix ?? []), qemu, ...args, ...options.qemuArgs]
+    const child = spawnTied(command, words, { stdio: ['pipe', 'pipe', 'pipe'] })
     const guest = new Guest(child, options, directory, [portServer, qmpServer])
     port.then(
       (socket) => guest.#attachPort(socket),
@@ -279,15 +287,16 @@ export class Guest {
 
   /**
    * Runs a shell script in a guest that was started without one; one at a time, in the order of the calls. Background
-   * jobs may go on printing to the port: redirect them to /dev/ttyS1.
+   * jobs may go on printing to the port: redirect them to /dev/ttyS1. A guest that takes longer than `timeoutMs`
+   * (default 40 s) is killed.
    */
-  async run(script: string): Promise<CommandResult> {
+  async run(script: string, timeoutMs?: number): Promise<CommandResult> {
     const before = this.#busy
     const mine = (async (): Promise<CommandResult> => {
       await before.catch(() => undefined)
       const from = this.#output.length
       this.send(`${script}\n${marker.run}\n`)
-      const match = await this.line(new RegExp(`^${marker.end} (\\d+)$`))
+      const match = await this.line(new RegExp(`^${marker.end} (\\d+)$`), timeoutMs)
       const output = this.#output.slice(from, this.#output.lastIndexOf(`\n${match[0]}\n`))
       return { exitCode: Number(match[1]), output: output.trimEnd() }
     })()
@@ -296,8 +305,8 @@ export class Guest {
   }
 
   /** Like `run`, with `set -e`; returns the output and throws when the script fails. */
-  async sh(script: string): Promise<string> {
-    const result = await this.run(`set -e\n${script}`)
+  async sh(script: string, timeoutMs?: number): Promise<string> {
+    const result = await this.run(`set -e\n${script}`, timeoutMs)
     if (result.exitCode !== 0) throw this.#error(`exit code ${result.exitCode} of:\n${script}\n${result.output}`)
     return result.output
   }

@@ -1,7 +1,7 @@
 /**
- * The guest's user space: an initramfs of busybox, the real file-system tools of this machine with the libraries they
- * need, and the kernel modules for a virtio disk with ext4. Owns the cpio format, module order and /init; knows
- * nothing of QEMU.
+ * The guest's user space: an initramfs of busybox, the real tools of this machine with the libraries they need, and the
+ * kernel modules: for a virtio disk with ext4, or for a virtio network card. Owns the cpio format, module order and
+ * /init; knows nothing of QEMU.
  *
  * The archive is built once and cached under a key of everything that goes into it. What differs per boot (the script)
  * is a second small cpio: the kernel unpacks concatenated archives one after the other.
@@ -22,14 +22,26 @@ import {
 import { basename, join } from 'node:path'
 import { cacheDir, findCommand, findGuestFiles, type GuestFiles } from '../setup/prerequisites.ts'
 
-/** Tools that busybox has not, or has in a simpler version. */
-const tools = ['mke2fs', 'e2fsck', 'sfdisk', 'blkid', 'blkdiscard', 'fstrim']
+/** What the guest is for. One archive for all would cost each boot the unpacking of what it doesn't use. */
+export type GuestKind = 'disk' | 'network'
 
-/**
- * Roots of the module tree; their dependencies come first. A name that the kernel has built in, or has not, is left
- * out.
- */
-const modules = ['crc32c_intel', 'virtio_pci', 'virtio_blk', 'ext4']
+interface Contents {
+  /** Tools that busybox has not, or has in a simpler version. */
+  readonly tools: readonly string[]
+  /**
+   * Roots of the module tree; their dependencies come first. A name that the kernel has built in, or has not, is left
+   * out.
+   */
+  readonly modules: readonly string[]
+}
+
+const contents: Readonly<Record<GuestKind, Contents>> = {
+  disk: {
+    tools: ['mke2fs', 'e2fsck', 'sfdisk', 'blkid', 'blkdiscard', 'fstrim'],
+    modules: ['crc32c_intel', 'virtio_pci', 'virtio_blk', 'ext4'],
+  },
+  network: { tools: ['ip', 'ethtool', 'iperf3'], modules: ['virtio_pci', 'virtio_net'] },
+}
 
 /** The ports: kernel messages go to the first one, the script's input and output to the second one, undisturbed. */
 export const scriptPort = '/dev/ttyS1'
@@ -75,12 +87,12 @@ sync
 poweroff -f
 `
 
-/** Debian's busybox shell takes its own applet before a program in PATH; a function comes before both. */
-const prelude = tools.map((tool) => `${tool}() { /bin/${tool} "$@"; }\n`).join('')
-
 /** The path of the base archive, built when there is none for this content yet. */
-export function initramfs(guest: GuestFiles | undefined = findGuestFiles()): string {
+export function initramfs(kind: GuestKind = 'disk', guest: GuestFiles | undefined = findGuestFiles()): string {
   if (guest === undefined) throw new Error('no guest kernel; run: node test/setup/prerequisites.ts')
+  const { tools, modules } = contents[kind]
+  // Debian's busybox shell takes its own applet before a program in PATH; a function comes before both.
+  const prelude = tools.map((tool) => `${tool}() { /bin/${tool} "$@"; }\n`).join('')
   const moduleFiles = orderModules(guest.modules, modules)
   const programs = tools.map((tool) => {
     const path = findCommand(tool)

@@ -11,6 +11,14 @@ const EBADFD = 77
 const PAGE = 4096
 const outside = whyNoNamespace()
 
+/** Runs a list of destination, source, bytes. @param count what the list says of itself */
+function copy(pieces: readonly number[], count = pieces.length / 3): void {
+  const copier = native.createCopier(16)
+  if (typeof copier === 'number') throw new Error(`createCopier: ${copier}`)
+  new Float64Array(copier.pieces).set([count, ...pieces])
+  copier.run()
+}
+
 describe('copy', () => {
   const memory = allocated(3 * PAGE)
   const bytes = new Uint8Array(memory.buffer)
@@ -34,23 +42,35 @@ describe('copy', () => {
     }
     // An empty piece may name anything; what lies behind `count` isn't looked at.
     pieces.push(0, 0, 0, 8, 8, 8)
-    expect(native.copy(Float64Array.from(pieces), 5)).toBe(0)
+    copy(pieces, 5)
     expect(Buffer.compare(bytes, wanted)).toBe(0)
   })
 
   it('of no pieces does nothing', () => {
     const before = bytes.slice()
-    expect(native.copy(new Float64Array(0), 0)).toBe(0)
-    expect(native.copy(Float64Array.of(memory.address, memory.address + 100, 50), 0)).toBe(0)
+    copy([])
+    copy([memory.address, memory.address + 100, 50], 0)
+    copy([memory.address, memory.address + 100, 50], -1)
     expect(Buffer.compare(bytes, before)).toBe(0)
   })
 
-  it('takes pieces that lie in shared memory', () => {
-    const pieces = new Float64Array(new SharedArrayBuffer(48), 8, 3)
+  it('forgets the pieces that it ran, and takes no more than it has room for', () => {
+    const copier = native.createCopier(1)
+    if (typeof copier === 'number') throw new Error(`createCopier: ${copier}`)
+    const list = new Float64Array(copier.pieces)
+    expect(list).toHaveLength(4)
+    bytes.fill(0)
     bytes[5] = 77
-    pieces.set([memory.address + 2 * PAGE, memory.address + 5, 1])
-    expect(native.copy(pieces, 1)).toBe(0)
-    expect(bytes[2 * PAGE]).toBe(77)
+    list.set([1000, memory.address + 2 * PAGE, memory.address + 5, 1])
+    copier.run()
+    expect([bytes[2 * PAGE], list[0]]).toEqual([77, 0])
+    bytes[2 * PAGE] = 0
+    copier.run()
+    expect(bytes[2 * PAGE]).toBe(0)
+  })
+
+  it.each([0, -1, 1.5, 2 ** 20 + 1, 'x'])('refuses a capacity of %s', (capacity) => {
+    expect(() => native.createCopier(capacity as number)).toThrow(TypeError)
   })
 
   it('goes on behind memory that was truncated, on either side', () => {
@@ -66,7 +86,7 @@ describe('copy', () => {
         missing === 'source'
           ? [there.address, far, 100, there.address + 200]
           : [far, there.address, 100, there.address + 200]
-      expect(native.copy(Float64Array.of(...pieces, there.address + 2 * PAGE, 50), 2)).toBe(0)
+      copy([...pieces, there.address + 2 * PAGE, 50])
       expect(native.faults(gone.address)).toBe(1)
       expect(view.subarray(0, 100).every((byte) => byte === (missing === 'source' ? 0 : 9))).toBe(true)
       expect(view.subarray(200, 250).every((byte) => byte === 9)).toBe(true)

@@ -50,11 +50,29 @@ export const guestTools: readonly Tool[] = [
   { command: 'ldd', package: 'libc-bin' },
 ]
 
-/** What the comparisons need: the C back-end, and fio for the plain file's own speed. */
+/** What the network tests need beside that: namespaces of their own, and traffic. */
+export const networkTools: readonly Tool[] = [
+  { command: 'unshare', package: 'util-linux' },
+  { command: 'nsenter', package: 'util-linux' },
+  { command: 'ip', package: 'iproute2' },
+  { command: 'bridge', package: 'iproute2' },
+  { command: 'ping', package: 'iputils-ping' },
+  { command: 'ethtool', package: 'ethtool' },
+  { command: 'iperf3', package: 'iperf3' },
+]
+
+/**
+ * What the comparisons need: the C back-end, fio for the plain file's own speed, DPDK as the other end of a network
+ * device, and a second reader of captures.
+ */
 export const peerTools: readonly Tool[] = [
   { command: 'qemu-storage-daemon', package: 'qemu-system-common' },
   { command: 'fio', package: 'fio' },
+  { command: 'dpdk-testpmd', package: 'dpdk-dev' },
+  { command: 'tshark', package: 'tshark' },
 ]
+
+const allTools: readonly Tool[] = [...guestTools, ...networkTools, ...peerTools]
 
 /** The unpacked guest kernel and the static busybox. */
 export interface GuestFiles {
@@ -110,7 +128,7 @@ export function findGuestFiles(): GuestFiles | undefined {
 }
 
 /** What is missing, each as words for a sentence; empty when all is there. Looks only. */
-export function missingPrerequisites(tools: readonly Tool[] = [...guestTools, ...peerTools]): string[] {
+export function missingPrerequisites(tools: readonly Tool[] = allTools): string[] {
   const missing = tools
     .filter((tool) => findCommand(tool.command) === undefined)
     .map((tool) => `${tool.command} (package ${tool.package})`)
@@ -126,11 +144,11 @@ export function missingPrerequisites(tools: readonly Tool[] = [...guestTools, ..
  * Why the guest tests cannot run here, or undefined when they can. In CI (CI=true) that is an error instead: a test
  * that did not run must not look like one that passed.
  */
-export function whyNoGuest(): string | undefined {
+export function whyNoGuest(tools: readonly Tool[] = guestTools): string | undefined {
   const reason =
     process.arch !== 'x64' || process.platform !== 'linux'
       ? `the guest tests need Linux on x64, this is ${process.platform} on ${process.arch}`
-      : sentence(missingPrerequisites(guestTools))
+      : sentence(missingPrerequisites(tools))
   if (reason === undefined) return undefined
   if (isCi()) throw new Error(`the guest tests cannot run: ${reason}`)
   process.stderr.write(`\nSKIPPED: the guest tests: ${reason}\n\n`)
@@ -155,9 +173,7 @@ export async function ensurePrerequisites(): Promise<void> {
     // Somebody else may have done it while we waited.
     if (missingPrerequisites().length === 0) return
     const packages = new Set(
-      [...guestTools, ...peerTools]
-        .filter((tool) => findCommand(tool.command) === undefined)
-        .map((tool) => tool.package)
+      allTools.filter((tool) => findCommand(tool.command) === undefined).map((tool) => tool.package)
     )
     const isRoot = process.getuid?.() === 0
     if (isRoot) await apt('apt-get', ['update', '-q'])
@@ -190,9 +206,7 @@ export default async function setup(): Promise<void> {
 
 function sentence(missing: readonly string[]): string | undefined {
   if (missing.length === 0) return undefined
-  const absent = new Set(
-    [...guestTools, ...peerTools].filter((tool) => findCommand(tool.command) === undefined).map((tool) => tool.package)
-  )
+  const absent = new Set(allTools.filter((tool) => findCommand(tool.command) === undefined).map((tool) => tool.package))
   const install = absent.size > 0 ? `apt-get install ${[...absent].join(' ')}` : ''
   const fetch = findGuestFiles() === undefined ? 'node test/setup/prerequisites.ts' : ''
   const commands = [install, fetch].filter((command) => command !== '').join(' && ')

@@ -96,6 +96,9 @@ export const REQUEST_ROWS: readonly RequestRow[] = [
     fds: none,
     feature: wire.VHOST_USER_PROTOCOL_F_CONFIG,
   },
+  // For network cards: with any other device their protocol features are never negotiated.
+  { request: wire.VHOST_USER_SEND_RARP, ...word, feature: wire.VHOST_USER_PROTOCOL_F_RARP },
+  { request: wire.VHOST_USER_NET_SET_MTU, ...word, feature: wire.VHOST_USER_PROTOCOL_F_MTU },
   { request: wire.VHOST_USER_RESET_DEVICE, ...empty, feature: wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE },
   {
     request: wire.VHOST_USER_GET_MAX_MEM_SLOTS,
