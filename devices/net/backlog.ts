@@ -70,6 +70,15 @@ export class Backlog {
     if (this.#count === 0) this.#end = 0
   }
 
+  /** Throws everything away. Returns how many packets that were. */
+  clear(): number {
+    const count = this.#count
+    this.#first = 0
+    this.#count = 0
+    this.#end = 0
+    return count
+  }
+
   #place(header: PacketHeader, length: number): number {
     if (this.#count === BACKLOG_PACKETS) return -1
     let at = this.#end

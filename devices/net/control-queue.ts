@@ -5,7 +5,7 @@
 import type { Chain, QueueContext, QueueHandler } from '../../src/device/index.ts'
 import { featureSet, hasFeature } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
-import type { NetReport } from './shared.ts'
+import type { NetMessage, NetReport } from './shared.ts'
 
 /** Bytes before a command's own: class and command. */
 const COMMAND_HEADER = 2
@@ -25,28 +25,58 @@ const SWITCHABLE = featureSet(
 )
 
 export class ControlQueue implements QueueHandler {
-  readonly #context: QueueContext
+  protected readonly context: QueueContext
   readonly #pairs: number
-  readonly #report: (report: NetReport) => void
+  /** Commands in order; the first one waits for the control half. */
+  readonly #waiting: Chain[] = []
+  /** What the command at hand asks for. */
+  #report: NetReport | undefined
 
-  /** @param pairs that the device has @param report what a command asks for; called before it is acknowledged */
-  constructor(context: QueueContext, pairs: number, report: (report: NetReport) => void) {
-    this.#context = context
+  /** @param pairs that the device has */
+  constructor(context: QueueContext, pairs: number) {
+    this.context = context
     this.#pairs = pairs
-    this.#report = report
   }
 
   handle(chain: Chain): void {
-    if (chain.writable === 0) return this.#context.give(chain, 0)
-    chain.writeU8(0, this.#execute(chain) ? net.VIRTIO_NET_OK : net.VIRTIO_NET_ERR)
-    this.#context.give(chain, 1)
+    this.#waiting.push(chain)
+    if (this.#waiting.length === 1) this.#serve()
   }
 
+  /** The control half has done what was reported: the command is acknowledged only now (virtio 1.3 §5.1.6.5.5). */
+  message(message: unknown): void {
+    if ((message as NetMessage).kind !== 'done' || this.#waiting.length === 0) return
+    this.#acknowledge(this.#waiting.shift()!, true)
+    this.#serve()
+  }
+
+  /** Does what a command asks for. Returns whether that is in effect; if not, a message will tell. */
+  protected apply(report: NetReport): boolean {
+    this.context.report(report)
+    return false
+  }
+
+  #serve(): void {
+    for (let chain = this.#waiting[0]; chain !== undefined; chain = this.#waiting[0]) {
+      this.#report = undefined
+      const understood = this.#execute(chain)
+      if (understood && this.#report !== undefined && !this.apply(this.#report)) return
+      this.#waiting.shift()
+      this.#acknowledge(chain, understood)
+    }
+  }
+
+  #acknowledge(chain: Chain, ok: boolean): void {
+    if (chain.writable > 0) chain.writeU8(0, ok ? net.VIRTIO_NET_OK : net.VIRTIO_NET_ERR)
+    this.context.give(chain, Math.min(1, chain.writable))
+  }
+
+  /** Whether the command is one; `#report` says what it asks for, if anything. */
   #execute(chain: Chain): boolean {
-    if (chain.readable < COMMAND_HEADER) return false
+    if (chain.writable === 0 || chain.readable < COMMAND_HEADER) return false
     const size = chain.readable - COMMAND_HEADER
     const command = chain.readU8(1)
-    const { features } = this.#context
+    const { features } = this.context
     switch (chain.readU8(0)) {
       case net.VIRTIO_NET_CTRL_RX:
         // A device may pass more than was asked for (virtio 1.3 §5.1.6.5.1.2), and this one passes all.
@@ -59,7 +89,7 @@ export class ControlQueue implements QueueHandler {
       case net.VIRTIO_NET_CTRL_ANNOUNCE:
         if (!hasFeature(features, net.VIRTIO_NET_F_GUEST_ANNOUNCE)) return false
         if (command !== net.VIRTIO_NET_CTRL_ANNOUNCE_ACK) return false
-        this.#report({ kind: 'announced' })
+        this.#report = { kind: 'announced' }
         return true
       case net.VIRTIO_NET_CTRL_MQ:
         return command === net.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET && this.#setPairs(chain, size)
@@ -71,29 +101,29 @@ export class ControlQueue implements QueueHandler {
   }
 
   #setMac(chain: Chain, size: number): boolean {
-    if (!hasFeature(this.#context.features, net.VIRTIO_NET_F_CTRL_MAC_ADDR) || size !== MAC_SIZE) return false
+    if (!hasFeature(this.context.features, net.VIRTIO_NET_F_CTRL_MAC_ADDR) || size !== MAC_SIZE) return false
     const mac = new Uint8Array(MAC_SIZE)
     chain.copyFrom(COMMAND_HEADER, mac, 0, MAC_SIZE)
     if ((mac[0]! & 1) !== 0 || mac.every((byte) => byte === 0)) return false
-    this.#report({ kind: 'mac', mac })
+    this.#report = { kind: 'mac', mac }
     return true
   }
 
   #setPairs(chain: Chain, size: number): boolean {
-    if (!hasFeature(this.#context.features, net.VIRTIO_NET_F_MQ) || size !== 2) return false
+    if (!hasFeature(this.context.features, net.VIRTIO_NET_F_MQ) || size !== 2) return false
     const pairs = chain.readU16(COMMAND_HEADER)
     if (pairs < 1 || pairs > this.#pairs) return false
-    this.#report({ kind: 'pairs', pairs })
+    this.#report = { kind: 'pairs', pairs }
     return true
   }
 
   #setOffloads(chain: Chain, size: number): boolean {
-    const { features } = this.#context
+    const { features } = this.context
     if (!hasFeature(features, net.VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) || size !== 8) return false
     const low = BigInt(chain.readU32(COMMAND_HEADER))
     const offloads = low | (BigInt(chain.readU32(COMMAND_HEADER + 4)) << 32n)
     if ((offloads & ~(features & SWITCHABLE)) !== 0n) return false
-    this.#report({ kind: 'offloads', features: offloads })
+    this.#report = { kind: 'offloads', features: offloads }
     return true
   }
 }

@@ -53,9 +53,9 @@ export class Converter {
   /**
    * Starts a frame. @returns false when it can't be finished
    */
-  begin(header: PacketHeader, buffer: IoBuffer, start: number, length: number): boolean {
+  begin(header: PacketHeader, bytes: Uint8Array, start: number, length: number): boolean {
     // A private copy: a buffer may be for other receivers as well.
-    if (buffer !== this.#frame || start !== 0) this.#frame.bytes.set(buffer.bytes.subarray(start, start + length))
+    if (bytes !== this.#frame.bytes || start !== 0) this.#frame.bytes.set(bytes.subarray(start, start + length))
     // And a header of our own: `parse` corrects it, and in a frame that its sender changed meanwhile differently.
     const asked = this.#asked
     asked.copy(header)

@@ -92,6 +92,8 @@ class NetDevice implements Device<NetQueueData> {
   #announcing = false
   /** The pairs that a driver uses whose control queue is ours. */
   #pairsInUse = 1
+  /** The GUEST features in force, when such a driver has switched them. */
+  #offloads: bigint | undefined
 
   constructor(options: NetOptions, host: DeviceHost, link: NetLink, pairs: number, capture: CaptureTask | undefined) {
     this.#options = options
@@ -124,6 +126,8 @@ class NetDevice implements Device<NetQueueData> {
       pairs: this.#pairs,
       tapFds: tap?.fds ?? [],
       place: port?.place,
+      pairsInUse: this.#pairsInUse,
+      offloads: this.#offloads,
       mtu: tap?.mtu ?? this.#options.mtu ?? MAX_MTU,
       counters: this.#counters,
       captures: this.#capture?.buffers ?? [],
@@ -153,7 +157,10 @@ class NetDevice implements Device<NetQueueData> {
     const changed = features ^ this.#features
     this.#features = features
     // Front-ends repeat SET_FEATURES, e.g. to log writes, and the driver may have switched offloads meanwhile.
-    if ((changed & TAP_FEATURES) !== 0n) this.#link.tap?.setFeatures(features)
+    if ((changed & TAP_FEATURES) !== 0n) {
+      this.#offloads = undefined
+      this.#link.tap?.setFeatures(features)
+    }
     this.#attachQueues()
   }
 
@@ -161,6 +168,7 @@ class NetDevice implements Device<NetQueueData> {
     this.#features = 0n
     this.#announcing = false
     this.#pairsInUse = 1
+    this.#offloads = undefined
     this.#active.fill(false)
     this.#mac.set(macBytes(this.#options) ?? new Uint8Array(MAC_SIZE))
     this.#link.tap?.setFeatures(0n)
@@ -174,7 +182,7 @@ class NetDevice implements Device<NetQueueData> {
   }
 
   /** By the control queue, which has checked it. */
-  reported(_queueIndex: number, message: unknown): void {
+  reported(queueIndex: number, message: unknown): void {
     const report = message as NetReport
     switch (report.kind) {
       case 'pairs':
@@ -182,6 +190,7 @@ class NetDevice implements Device<NetQueueData> {
         this.#attachQueues()
         break
       case 'offloads':
+        this.#offloads = report.features
         this.#link.tap?.setOffloads(report.features)
         break
       case 'mac':
@@ -191,6 +200,7 @@ class NetDevice implements Device<NetQueueData> {
         this.#announcing = false
         break
     }
+    this.#host.send(queueIndex, { kind: 'done' } satisfies NetMessage)
   }
 
   *samples(): Iterable<DeviceSample> {

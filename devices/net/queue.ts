@@ -21,17 +21,17 @@ export function createQueueHandler(context: QueueContext, data: NetQueueData): Q
   const { pairs, place } = data
   // Without MQ the control queue follows the first pair, whatever the device has.
   const usable = hasFeature(features, net.VIRTIO_NET_F_MQ) ? pairs : 1
+  const used = drivesPairs(features) ? data.pairsInUse : pairs
   if (queueIndex === 2 * usable) {
-    if (place !== undefined) return new SwitchControl(context, place, pairs)
-    return new ControlQueue(context, pairs, (report) => context.report(report))
+    return place === undefined ? new ControlQueue(context, pairs) : new SwitchControl(context, place, pairs, used)
   }
   const counters = new NetCounters(data.counters, queueIndex)
   const ring = data.captures[queueIndex]
   const capture = ring === undefined ? undefined : new CaptureWriter(ring)
   const pair = queueIndex >>> 1
   if (place !== undefined) {
-    const used = drivesPairs(features) ? 1 : pairs
-    if (queueIndex % 2 === 0) return new SwitchReceive(context, place, used, pair, counters, capture)
+    if (queueIndex % 2 === 0)
+      return new SwitchReceive(context, place, used, pair, data.offloads ?? features, counters, capture)
     const link = new SwitchLink(context, place, used, pair, new PacketHeader(0n))
     return new Transmitter(context, link, counters, capture)
   }

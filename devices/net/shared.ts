@@ -120,6 +120,9 @@ export interface NetQueueData {
   /** One fd per pair, with the link `tap`; empty with a switch. */
   readonly tapFds: readonly number[]
   readonly place: SwitchPlace | undefined
+  /** What the driver commanded by the control queue: the pairs that it receives on, and the features of offloads that it takes. */
+  readonly pairsInUse: number
+  readonly offloads: bigint | undefined
   /** Bytes behind the Ethernet header that packets from the tap have at most, when the driver takes no larger ones. */
   readonly mtu: number
   readonly counters: SharedArrayBuffer
@@ -137,5 +140,7 @@ export type NetReport =
 
 /** What the control half tells the handlers (`DeviceHost.send`). */
 export type NetMessage =
-  /** Learn the MAC of a guest that moved here, and tell the others by this frame. */
-  { readonly kind: 'announce'; readonly frame: Uint8Array }
+  /** A transmit queue's: learn the MAC of a guest that moved here, and tell the others by this frame. */
+  | { readonly kind: 'announce'; readonly frame: Uint8Array }
+  /** The control queue's: what it reported last is in effect. */
+  | { readonly kind: 'done' }

@@ -7,24 +7,29 @@ import { Switch, type SwitchPort } from './switch.ts'
 export class SwitchControl extends ControlQueue {
   readonly #hub: Switch
   readonly #port: SwitchPort
-  readonly #context: QueueContext
 
-  constructor(context: QueueContext, place: SwitchPlace, pairs: number) {
-    super(context, pairs, (report) => this.#apply(report))
-    const { hub, port } = Switch.join(context, place, 1)
+  /** @param used pairs that the driver receives on already */
+  constructor(context: QueueContext, place: SwitchPlace, pairs: number, used: number) {
+    super(context, pairs)
+    const { hub, port } = Switch.join(context, place, used)
     this.#hub = hub
     this.#port = port
-    this.#context = context
   }
 
   close(): void {
     this.#hub.leave(this.#port)
   }
 
-  #apply(report: NetReport): void {
-    if (report.kind === 'pairs') this.#port.pairs = report.pairs
-    else if (report.kind === 'offloads') {
-      for (const receiver of this.#port.receivers) receiver?.setOffloads(report.features)
-    } else this.#context.report(report)
+  /** The control half keeps it, for when the rings start again. */
+  protected override apply(report: NetReport): boolean {
+    this.context.report(report)
+    const port = this.#port
+    if (report.kind === 'pairs') {
+      port.pairs = report.pairs
+      for (const [pair, receiver] of port.receivers.entries()) if (pair >= report.pairs) receiver?.giveUp()
+    } else if (report.kind === 'offloads') {
+      for (const receiver of port.receivers) receiver?.setOffloads(report.features)
+    }
+    return true
   }
 }

@@ -39,11 +39,13 @@ export class SwitchReceive implements ReceiveHandler {
   #gsoTypes = 0
   #ecn = false
 
+  /** @param offloads as in `setOffloads` */
   constructor(
     context: QueueContext,
     place: SwitchPlace,
     pairs: number,
     pair: number,
+    offloads: bigint,
     counters: NetCounters,
     capture: CaptureWriter | undefined
   ) {
@@ -55,7 +57,7 @@ export class SwitchReceive implements ReceiveHandler {
     this.#counters = counters
     this.#receiver = new Receiver(context, counters, hub.copies, capture)
     this.#backlog = new Backlog(context.io.allocate(BACKLOG_BYTES), hub.copies)
-    this.setOffloads(context.features)
+    this.setOffloads(offloads)
     port.receivers[pair] = this
   }
 
@@ -76,6 +78,13 @@ export class SwitchReceive implements ReceiveHandler {
       type(net.VIRTIO_NET_F_GUEST_UFO, net.VIRTIO_NET_HDR_GSO_UDP) |
       // One type for both, and whether a datagram is IPv4 or IPv6 is not worth a look: both or none.
       (has(net.VIRTIO_NET_F_GUEST_USO6) ? type(net.VIRTIO_NET_F_GUEST_USO4, net.VIRTIO_NET_HDR_GSO_UDP_L4) : 0)
+    if (!this.#backlog.empty) this.#queueAnew()
+  }
+
+  /** The driver no longer receives on this ring: what waits for it is dropped. */
+  giveUp(): void {
+    for (let left = this.#backlog.clear(); left > 0; left--) this.#counters.drop(DROP_DISABLED)
+    this.waiting = false
   }
 
   /** A frame in a chain of its sender, which stays until the flush. Returns false when it was dropped. */
@@ -136,8 +145,30 @@ export class SwitchReceive implements ReceiveHandler {
     this.#hub.leave(this.#port)
   }
 
+  /** What waits was for a driver that took other offloads: it is finished now for this one. */
+  #queueAnew(): void {
+    const backlog = this.#backlog
+    const packets: { header: PacketHeader; frame: Uint8Array }[] = []
+    for (; !backlog.empty; backlog.shift()) {
+      const header = new PacketHeader(0n)
+      backlog.loadHeader(header)
+      packets.push({ header, frame: backlog.buffer.bytes.slice(backlog.at, backlog.at + backlog.length) })
+    }
+    for (const { header, frame } of packets) {
+      if (this.#takes(header)) this.#queued(backlog.addBytes(header, frame, 0, frame.length))
+      else this.#convertBytes(header, frame)
+    }
+  }
+
+  #convertBytes(header: PacketHeader, frame: Uint8Array): void {
+    const { converter } = this.#hub
+    if (!converter.begin(header, frame, 0, frame.length)) return this.#counters.drop(DROP_NO_OFFLOAD)
+    while (converter.next())
+      this.#queued(this.#backlog.addBytes(converter.header, converter.buffer.bytes, converter.start, converter.length))
+  }
+
   #takes(header: PacketHeader): boolean {
-    if (header.flags === 0) return true
+    if ((header.flags | header.gsoType) === 0) return true
     if (header.gsoType === 0) return this.#checksum
     return (this.#gsoTypes & (1 << header.gsoType)) !== 0 && (header.ecn === 0 || this.#ecn)
   }
@@ -150,7 +181,7 @@ export class SwitchReceive implements ReceiveHandler {
       return false
     }
     const { converter } = this.#hub
-    if (!converter.begin(header, buffer, start, length)) {
+    if (!converter.begin(header, buffer.bytes, start, length)) {
       this.#counters.drop(DROP_NO_OFFLOAD)
       return false
     }

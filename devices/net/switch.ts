@@ -324,6 +324,7 @@ export class SwitchLink implements Link {
   }
 
   message(message: NetMessage): void {
+    if (message.kind !== 'announce') return
     const { frame } = message
     this.#announcement.bytes.set(frame)
     this.#hub.forwardBuffer(this.#port, this.#pair, this.#plain, this.#announcement, 0, frame.length)

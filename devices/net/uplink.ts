@@ -60,6 +60,11 @@ export class Uplink {
         break
       }
       if (size < net.VIRTIO_NET_HDR_SIZE + net.ETH_HEADER_SIZE) continue
+      // A host whose GSO limit was raised (BIG TCP): no virtio-net header describes such a packet.
+      if (size > net.VIRTIO_NET_HDR_SIZE + net.MAX_FRAME_SIZE) {
+        this.#hub.uplinkDropped()
+        continue
+      }
       const word = at / 4
       this.#header.load(this.#words[word]!, this.#words[word + 1]!, this.#words[word + 2]!)
       const start = at + net.VIRTIO_NET_HDR_SIZE

@@ -102,7 +102,7 @@ function checkPositionals(
   options: readonly string[]
 ): void {
   const missing = positionals[words.length]
-  if (missing !== undefined) {
+  if (missing !== undefined && missing.optional !== true) {
     const fix = `Give ${missing.description}; "virtiod ${command} --help" tells more.`
     throw new ConfigError('ERR_ARGUMENT', missing.name, 'missing', fix)
   }

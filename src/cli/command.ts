@@ -12,6 +12,8 @@ export interface Positional {
   /** In capitals, as in the usage line: `SOCKET`. */
   readonly name: string
   readonly description: string
+  /** It may be left out; none that is required comes after it. */
+  readonly optional?: boolean
 }
 
 export interface Command {
@@ -21,7 +23,6 @@ export interface Command {
   readonly description: string
   /** What follows `virtiod NAME` in the usage lines. */
   readonly usage: readonly string[]
-  /** All of them are required. */
   readonly positionals: readonly Positional[]
   readonly scopes: readonly OptionScope[]
   /** Options that may be given more than once, as an array of values then. */

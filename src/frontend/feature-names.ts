@@ -3,7 +3,8 @@
 import * as wire from '../vhost-user/wire.ts'
 import * as blk from '../virtio/blk.ts'
 import * as virtio from '../virtio/constants.ts'
-import { featureBits } from '../virtio/features.ts'
+import { featureBits, featureSet, hasFeature } from '../virtio/features.ts'
+import * as net from '../virtio/net.ts'
 
 /** What is behind a socket, as far as names of bits 0 … 23 and 50 … 63 go. */
 export type DeviceKind = 'blk' | 'net' | 'unknown'
@@ -25,17 +26,15 @@ const transport = new Map([
 const blkNames = namesOf(blk, 'VIRTIO_BLK_F_')
 const protocolNames = namesOf(wire, 'VHOST_USER_PROTOCOL_F_')
 
-/** virtio 1.3 §5.1.3. */
-const netNames = new Map<number, string>(
+/** virtio 1.3 §5.1.3: those of the constants, and the others that a back-end may offer. */
+const netNames = new Map<number, string>([
+  ...namesOf(net, 'VIRTIO_NET_F_'),
   // biome-ignore format: bit and name in pairs
-  Object.entries({
-    0: 'CSUM', 1: 'GUEST_CSUM', 2: 'CTRL_GUEST_OFFLOADS', 3: 'MTU', 5: 'MAC', 7: 'GUEST_TSO4', 8: 'GUEST_TSO6', 9: 'GUEST_ECN',
-    10: 'GUEST_UFO', 11: 'HOST_TSO4', 12: 'HOST_TSO6', 13: 'HOST_ECN', 14: 'HOST_UFO', 15: 'MRG_RXBUF', 16: 'STATUS', 17: 'CTRL_VQ',
-    18: 'CTRL_RX', 19: 'CTRL_VLAN', 20: 'CTRL_RX_EXTRA', 21: 'GUEST_ANNOUNCE', 22: 'MQ', 23: 'CTRL_MAC_ADDR', 51: 'HASH_TUNNEL',
-    52: 'VQ_NOTF_COAL', 53: 'NOTF_COAL', 54: 'GUEST_USO4', 55: 'GUEST_USO6', 56: 'HOST_USO', 57: 'HASH_REPORT', 59: 'GUEST_HDRLEN',
-    60: 'RSS', 61: 'RSC_EXT', 62: 'STANDBY', 63: 'SPEED_DUPLEX'
-  }).map(([bit, name]) => [Number(bit), `VIRTIO_NET_F_${name}`])
-)
+  ...([
+    [6, 'GSO'], [51, 'HASH_TUNNEL'], [52, 'VQ_NOTF_COAL'], [53, 'NOTF_COAL'], [57, 'HASH_REPORT'], [59, 'GUEST_HDRLEN'],
+    [60, 'RSS'], [61, 'RSC_EXT'], [62, 'STANDBY'],
+  ] as const).map(([bit, name]) => [bit, `VIRTIO_NET_F_${name}`] as const),
+])
 
 /** One bit of a feature set with its name, `bit N` when nobody knows it. */
 export interface NamedBit {
@@ -56,15 +55,40 @@ export function nameProtocolFeatures(features: bigint): NamedBit[] {
   return featureBits(features).map((bit) => ({ bit, name: protocolNames.get(bit) ?? `bit ${bit}` }))
 }
 
+/** Bits that only one of the two kinds of device has; those that the other one has too, however old, are left out. */
+const ONLY_BLK = featureSet(blk.VIRTIO_BLK_F_GEOMETRY, blk.VIRTIO_BLK_F_BLK_SIZE)
+const ONLY_NET = featureSet(
+  net.VIRTIO_NET_F_MTU,
+  net.VIRTIO_NET_F_GUEST_TSO6,
+  net.VIRTIO_NET_F_CTRL_RX,
+  net.VIRTIO_NET_F_CTRL_VLAN,
+  net.VIRTIO_NET_F_CTRL_RX_EXTRA,
+  net.VIRTIO_NET_F_GUEST_ANNOUNCE,
+  net.VIRTIO_NET_F_MQ,
+  net.VIRTIO_NET_F_CTRL_MAC_ADDR,
+  net.VIRTIO_NET_F_GUEST_USO4,
+  net.VIRTIO_NET_F_GUEST_USO6,
+  net.VIRTIO_NET_F_HOST_USO
+)
+
+const MAYBE_NET: readonly number[] = [
+  net.VIRTIO_NET_F_CSUM,
+  net.VIRTIO_NET_F_GUEST_CSUM,
+  net.VIRTIO_NET_F_MRG_RXBUF,
+  net.VIRTIO_NET_F_CTRL_VQ,
+]
+
 /**
- * Which device offers these bits. The wire does not say (the front-end has to know), so this goes by bits that only
- * one of them has: block disks offer BLK_SIZE (6, unused in net) or SEG_MAX with FLUSH; network devices offer
- * checksum, merged buffers, a control queue.
+ * Which device offers these bits. The wire does not say (the front-end has to know), so this goes by bits that only one of
+ * them has: block disks offer BLK_SIZE or GEOMETRY (6 is a relic in net, with which it has others), network devices a
+ * control queue's commands, MTU or an offload that has no twin among the disks' bits. Where there are neither, block disks
+ * offer SEG_MAX with FLUSH; network devices checksums, merged buffers, a control queue.
  */
 export function guessDevice(features: bigint, hasConfig: boolean): DeviceKind {
-  const has = (bit: number): boolean => ((features >> BigInt(bit)) & 1n) === 1n
-  if (hasConfig && has(blk.VIRTIO_BLK_F_BLK_SIZE) && !has(0)) return 'blk'
-  if (hasConfig && has(blk.VIRTIO_BLK_F_SEG_MAX) && has(blk.VIRTIO_BLK_F_FLUSH) && !has(0)) return 'blk'
-  if (has(0) || has(1) || has(15) || has(17) || has(22)) return 'net'
-  return 'unknown'
+  const has = (bit: number): boolean => hasFeature(features, bit)
+  if ((features & ONLY_NET) !== 0n) return 'net'
+  const plain = !has(net.VIRTIO_NET_F_CSUM)
+  if (hasConfig && (features & ONLY_BLK) !== 0n && plain) return 'blk'
+  if (hasConfig && has(blk.VIRTIO_BLK_F_SEG_MAX) && has(blk.VIRTIO_BLK_F_FLUSH) && plain) return 'blk'
+  return MAYBE_NET.some(has) ? 'net' : 'unknown'
 }

@@ -17,6 +17,7 @@ import { Connection } from './connection.ts'
 import { FrontendError } from './errors.ts'
 import type { DeviceKind, NamedBit } from './feature-names.ts'
 import { guessDevice, nameFeatures, nameProtocolFeatures } from './feature-names.ts'
+import { decodeNetConfig, type NetConfig } from './net-features.ts'
 import type { Peer } from './peer.ts'
 import { describePeer } from './peer.ts'
 
@@ -46,6 +47,7 @@ export interface ProbeResult {
   readonly config?: string
   readonly configBytes?: number
   readonly blk?: BlkConfig
+  readonly net?: NetConfig
 }
 
 /** Sizes of the config space to ask for: whole, with zones, before zones, what QEMU asks, the oldest. */
@@ -59,6 +61,21 @@ export function probe(socketPath: string, options: ProbeOptions = {}): ProbeResu
   )
   try {
     return ask(socketPath, connection, options)
+  } finally {
+    connection.close()
+  }
+}
+
+/**
+ * What is behind a socket, by the features that it offers.
+ * @throws FrontendError when nobody listens or answers
+ */
+export function deviceAt(socketPath: string): DeviceKind {
+  const connection = Connection.connect(socketPath)
+  try {
+    const features = connection.getFeatures()
+    if (!hasFeature(features, VHOST_USER_F_PROTOCOL_FEATURES)) return guessDevice(features, false)
+    return guessDevice(features, hasFeature(connection.getProtocolFeatures(), VHOST_USER_PROTOCOL_F_CONFIG))
   } finally {
     connection.close()
   }
@@ -100,6 +117,7 @@ function ask(socketPath: string, connection: Connection, options: ProbeOptions):
     ...(memorySlots !== undefined && { memorySlots }),
     ...(config && { config: Buffer.from(config).toString('hex'), configBytes: config.length }),
     ...(config && device === 'blk' && config.length >= 8 && { blk: decodeBlkConfig(config, features) }),
+    ...(config && device === 'net' && { net: decodeNetConfig(config, features) }),
   }
 }
 
@@ -148,11 +166,25 @@ export function formatProbe(result: ProbeResult): string {
     bits('protocol features', result.protocolFeatures, result.protocolFeatureNames)
   if (result.configBytes !== undefined) lines.push(`config space, ${result.configBytes} bytes`)
   if (result.blk) lines.push(...formatBlkConfig(result.blk))
+  else if (result.net) lines.push(...formatNetConfig(result.net))
   else if (result.config !== undefined) lines.push(`  ${result.config}`)
   return lines.join('\n')
 }
 
 const DEVICE_NAMES: Readonly<Record<DeviceKind, string>> = { blk: 'virtio-blk', net: 'virtio-net', unknown: 'unknown' }
+
+function formatNetConfig(config: NetConfig): string[] {
+  const lines: string[] = []
+  const row = (name: string, value: string): void => void lines.push(`  ${name.padEnd(18)} ${value}`)
+  if (config.mac !== undefined) row('MAC', config.mac)
+  if (config.linkUp !== undefined)
+    row('link', `${config.linkUp ? 'up' : 'down'}${config.announce === true ? ', asks for an announcement' : ''}`)
+  if (config.maxVirtqueuePairs !== undefined) row('queue pairs', `≤ ${config.maxVirtqueuePairs}`)
+  if (config.mtu !== undefined) row('MTU', `${config.mtu} bytes`)
+  if (config.speed !== undefined) row('speed', `${config.speed} Mbit/s`)
+  if (config.fullDuplex !== undefined) row('duplex', config.fullDuplex ? 'full' : 'half')
+  return lines
+}
 
 function formatBlkConfig(config: BlkConfig): string[] {
   const lines: string[] = []

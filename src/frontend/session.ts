@@ -20,6 +20,12 @@ import {
   VIRTIO_F_VERSION_1,
 } from '../virtio/constants.ts'
 import { featureSet, hasFeature } from '../virtio/features.ts'
+import {
+  VIRTIO_NET_F_GUEST_USO4,
+  VIRTIO_NET_F_GUEST_USO6,
+  VIRTIO_NET_F_HOST_USO,
+  VIRTIO_NET_F_SPEED_DUPLEX,
+} from '../virtio/net.ts'
 import type { RegionWithFd } from './connection.ts'
 import { Connection } from './connection.ts'
 import type { GuestRegion, RegionLayout } from './memory.ts'
@@ -27,10 +33,17 @@ import { GuestMemory, layouts } from './memory.ts'
 import type { VirtqueueOptions, WaitMode } from './virtqueue.ts'
 import { Virtqueue } from './virtqueue.ts'
 
-/** Feature bits that this front-end can drive: the device's own (0 … 23) and those of the split ring. */
+/**
+ * Feature bits that this front-end can drive: the device's own (0 … 23, and of those from 50 on the ones that change
+ * no structure), and those of the split ring.
+ */
 export const DRIVEN_FEATURES =
   0xff_ffffn |
   featureSet(
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_SPEED_DUPLEX,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_EVENT_IDX,
@@ -54,7 +67,10 @@ export interface SessionOptions {
   /** Feature bits not to acknowledge although they are offered. */
   readonly withoutFeatures?: readonly number[]
   readonly withoutProtocolFeatures?: readonly number[]
-  /** Guest memory; default one region of 64 MiB. Pass a GuestMemory to keep it over several sessions. */
+  /**
+   * Guest memory; default one region of 64 MiB. Pass a GuestMemory to keep it over several sessions, and none at all (`[]`)
+   * to add and share it when the features are known.
+   */
   readonly memory?: readonly RegionLayout[] | GuestMemory
   /** Rings to start; default 1. 0 = only negotiate. */
   readonly queues?: number
@@ -103,7 +119,7 @@ export class Session {
     const given = options.memory
     this.#ownsMemory = !(given instanceof GuestMemory)
     this.memory = given instanceof GuestMemory ? given : new GuestMemory(given ?? layouts.single(64 * 2 ** 20))
-    this.shareMemory()
+    if (this.memory.regions.length > 0) this.shareMemory()
   }
 
   /**

@@ -1,0 +1,264 @@
+/**
+ * `virtiod bench` on network devices: packets into a vhost-user-net socket, out of it, both, or in at one and out at
+ * another, and what came of it. It owns the options, the frames and the result; the loop is in `net-run.ts`. It must not
+ * know the command line.
+ */
+import { VIRTIO_F_EVENT_IDX, VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
+import { VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MRG_RXBUF } from '../virtio/net.ts'
+import { withDependents } from './net-features.ts'
+import { announcement, MAX_TCP_FRAME, parseMac, tcpFrame, tcpGsoHeader, udpFrame } from './net-frames.ts'
+import { Port, type Traffic } from './net-port.ts'
+import { NetRun } from './net-run.ts'
+import { describePeer } from './peer.ts'
+import type { WaitMode } from './virtqueue.ts'
+
+/** What happens on one socket: `tx` sends, `rx` counts what comes, `echo` sends and counts what comes back. */
+export type NetTraffic = 'tx' | 'rx' | 'echo'
+
+export interface NetBenchOptions {
+  /** With one socket; default `tx`. */
+  readonly traffic?: NetTraffic
+  /** With two sockets: send both ways, not only from the first to the second. */
+  readonly both?: boolean
+  /**
+   * Bytes of a frame, 64 … 65549 (without frame check sequence), default 64. Up to 1518 they are IPv4/UDP; above, TCP that
+   * wants to be segmented into 1448 bytes each (HOST_TSO4).
+   */
+  readonly frameSize?: number
+  /** Different source ports; default 1. */
+  readonly flows?: number
+  /** MAC addresses of the first side and of the other one. */
+  readonly macs?: readonly [string, string]
+  /** Queue pairs, all driven from this one thread; default 1. */
+  readonly queues?: number
+  /** Entries per ring; default 256. */
+  readonly queueSize?: number
+  /** `poll` (default) watches the used rings; `irq` sleeps until it is called, as a guest does. */
+  readonly driver?: WaitMode
+  /** Seconds of measurement; default 5. */
+  readonly seconds?: number
+  /** Seconds before it that don't count; default 0.5. */
+  readonly warmup?: number
+  /** Don't acknowledge EVENT_IDX. */
+  readonly noEventIdx?: boolean
+  /** Don't acknowledge MRG_RXBUF: each packet has to fit in one receive buffer. */
+  readonly noMergeable?: boolean
+  /** The packet header in a descriptor of its own; default false. */
+  readonly splitHeader?: boolean
+  /** Called once a second while measuring. */
+  readonly progress?: (line: string) => void
+  readonly timeoutMs?: number
+}
+
+/** What a bench measured. A packet is what one packet header stands before, however many segments it becomes. */
+export interface NetBenchResult {
+  readonly device: 'net'
+  readonly sockets: readonly string[]
+  readonly backend: string
+  /** `forward` and `both` are with two sockets. */
+  readonly traffic: NetTraffic | 'forward' | 'both'
+  readonly frameSize: number
+  /** TCP with segmentation offload instead of UDP. */
+  readonly gso: boolean
+  readonly flows: number
+  readonly queues: number
+  readonly queueSize: number
+  readonly driver: WaitMode
+  readonly eventIdx: boolean
+  readonly mergeable: boolean
+  readonly seconds: number
+  /** Packets that the back-end took and that came out, in the measured time; undefined when that is not looked at. */
+  readonly sent?: number
+  readonly received?: number
+  /** What counts: received, or sent when nothing is expected back. */
+  readonly packetsPerSecond: number
+  /** Of frames, without packet headers, preamble and check sequence. */
+  readonly gbitPerSecond: number
+  /** Fraction of what was sent in the whole run that didn't arrive; undefined unless it was to arrive here. */
+  readonly lost?: number
+  readonly kicksPerPacket: number
+  readonly callsPerPacket: number
+  /** CPU time of the back-end's process(es) per packet, microseconds; undefined when /proc doesn't show it. */
+  readonly cpuPerPacket?: number
+}
+
+export const MIN_FRAME = 64
+/** Frames up to here are sent as they are: 1500 bytes of IP, Ethernet, a VLAN tag. */
+export const MAX_PLAIN_FRAME = 1518
+export const MAX_FRAME = MAX_TCP_FRAME
+/** Locally administered, of the first side and of the other one. */
+export const MACS: readonly [string, string] = ['02:00:5e:12:00:01', '02:00:5e:12:00:02']
+
+/**
+ * Runs the load. It blocks this thread until the end.
+ * @param sockets one, or two between which a back-end forwards
+ * @throws FrontendError when a back-end can't be reached, breaks a rule of virtio, or stops taking packets
+ * @throws RangeError `frame-size: …` and the like for options that don't fit the back-end
+ */
+export function netBench(
+  sockets: readonly [string] | readonly [string, string],
+  options: NetBenchOptions = {}
+): NetBenchResult {
+  const frameSize = options.frameSize ?? MIN_FRAME
+  const queues = options.queues ?? 1
+  const queueSize = options.queueSize ?? 256
+  const driver = options.driver ?? 'poll'
+  const flows = options.flows ?? 1
+  const [first, second] = sockets
+  const traffic = second === undefined ? (options.traffic ?? 'tx') : options.both === true ? 'both' : 'forward'
+  check(
+    frameSize >= MIN_FRAME && frameSize <= MAX_FRAME,
+    `frame-size: ${frameSize} is not in ${MIN_FRAME} … ${MAX_FRAME}`
+  )
+  check(
+    queueSize >= 4 && queueSize <= VIRTQ_MAX_SIZE && (queueSize & (queueSize - 1)) === 0,
+    `queue-size: ${queueSize} is not a power of two from 4 to ${VIRTQ_MAX_SIZE}`
+  )
+  check(flows >= 1, `flows: ${flows} is not at least 1`)
+  const [ours, theirs] = options.macs ?? MACS
+  const macs = [macOf('mac', ours), macOf('peer-mac', theirs)] as const
+  const portOptions = {
+    pairs: queues,
+    queueSize,
+    mode: driver,
+    frameSize,
+    withoutFeatures: withDependents(
+      ...(options.noEventIdx === true ? [VIRTIO_F_EVENT_IDX] : []),
+      ...(options.noMergeable === true ? [VIRTIO_NET_F_MRG_RXBUF] : [])
+    ),
+    ...(options.timeoutMs !== undefined && { timeoutMs: options.timeoutMs }),
+  }
+  using a = new Port(first, portOptions)
+  const callFd = a.queues[0]?.callFd
+  using b =
+    second === undefined ? undefined : new Port(second, { ...portOptions, ...(callFd !== undefined && { callFd }) })
+  const send = (port: Port, from: 0 | 1): void => {
+    if (frameSize > MAX_PLAIN_FRAME && !port.session.has(VIRTIO_NET_F_HOST_TSO4)) {
+      throw new RangeError(
+        `frame-size: frames above ${MAX_PLAIN_FRAME} bytes need HOST_TSO4, which the back-end does not offer`
+      )
+    }
+    port.load(makeTraffic(frameSize, flows, macs, from, options.splitHeader === true))
+  }
+  const senders: Port[] = []
+  const receivers: Port[] = []
+  const announce: (readonly [Port, Uint8Array])[] = []
+  if (traffic !== 'rx') {
+    send(a, 0)
+    senders.push(a)
+  }
+  if (b === undefined) {
+    if (traffic !== 'tx') receivers.push(a)
+  } else {
+    receivers.push(b)
+    announce.push([b, macs[1]])
+    if (traffic === 'both') {
+      send(b, 1)
+      senders.push(b)
+      receivers.push(a)
+      announce.push([a, macs[0]])
+    } else b.load({ header: {}, frames: [announcement(macs[1], 2)], depth: 1 })
+  }
+  const pids = [...new Set([a, b].map((port) => port?.session.connection.peerPid).filter((pid) => pid !== undefined))]
+  const run = new NetRun({
+    ports: b === undefined ? [a] : [a, b],
+    senders,
+    receivers,
+    announce,
+    mode: driver,
+    pids,
+    ...(options.progress !== undefined && { progress: options.progress }),
+  })
+  const measured = run.measure((options.warmup ?? 0.5) * 1000, (options.seconds ?? 5) * 1000)
+  const packets = receivers.length > 0 ? measured.received : measured.sent
+  const bytes = receivers.length > 0 ? measured.receivedBytes : measured.sent * frameSize
+  const per = Math.max(1, packets)
+  return {
+    device: 'net',
+    sockets,
+    backend: pids.map((pid) => describePeer(pid)?.program ?? 'unknown').join(' and ') || 'unknown',
+    traffic,
+    frameSize,
+    gso: frameSize > MAX_PLAIN_FRAME,
+    flows,
+    queues,
+    queueSize,
+    driver,
+    eventIdx: a.session.has(VIRTIO_F_EVENT_IDX),
+    mergeable: (b ?? a).mergeable,
+    seconds: measured.ms / 1000,
+    ...(senders.length > 0 && { sent: measured.sent }),
+    ...(receivers.length > 0 && { received: measured.received }),
+    packetsPerSecond: (packets * 1000) / measured.ms,
+    gbitPerSecond: (bytes * 8) / measured.ms / 1e6,
+    ...(senders.length > 0 &&
+      receivers.length > 0 && { lost: Math.max(0, 1 - measured.allReceived / Math.max(1, measured.allSent)) }),
+    kicksPerPacket: measured.kicks / per,
+    callsPerPacket: measured.calls / per,
+    ...(measured.cpuNs !== undefined && { cpuPerPacket: measured.cpuNs / 1000 / per }),
+  }
+}
+
+/** The result as a few lines for people. */
+export function formatNetBench(result: NetBenchResult): string {
+  const plural = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? '' : 's'}`
+  const whole = (value: number): string => Math.round(value).toLocaleString('en-US')
+  const counts = [
+    ...(result.sent === undefined ? [] : [`sent ${whole(result.sent)}`]),
+    ...(result.received === undefined ? [] : [`received ${whole(result.received)}`]),
+    ...(result.lost === undefined ? [] : [`lost ${(result.lost * 100).toFixed(3)} %`]),
+  ]
+  return [
+    `${TRAFFIC_NAMES[result.traffic]}, ${result.frameSize} bytes ${result.gso ? 'TCP, segmentation offload' : 'UDP'}, ` +
+      `${plural(result.flows, 'flow')}, ${plural(result.queues, 'queue pair')} × ${result.queueSize}, ` +
+      `${result.driver} driver, ${result.eventIdx ? 'EVENT_IDX' : 'flags'}${result.mergeable ? ', merged buffers' : ''}, ` +
+      `${result.seconds.toFixed(1)} s, back-end ${result.backend}`,
+    `  packets/s  ${whole(result.packetsPerSecond)}   ${result.gbitPerSecond.toFixed(2)} Gbit/s`,
+    `  packets    ${counts.join('  ')}`,
+    `  per packet  ${result.kicksPerPacket.toFixed(3)} kicks  ${result.callsPerPacket.toFixed(3)} calls` +
+      (result.cpuPerPacket === undefined ? '' : `  ${result.cpuPerPacket.toFixed(3)} µs back-end CPU`),
+  ].join('\n')
+}
+
+const TRAFFIC_NAMES: Readonly<Record<NetBenchResult['traffic'], string>> = {
+  tx: 'sending',
+  rx: 'receiving',
+  echo: 'echo',
+  forward: 'first socket to second',
+  both: 'both ways between two sockets',
+}
+
+/** The packets of side `from`. */
+function makeTraffic(
+  size: number,
+  flows: number,
+  macs: readonly [Uint8Array, Uint8Array],
+  from: 0 | 1,
+  splitHeader: boolean
+): Traffic {
+  const gso = size > MAX_PLAIN_FRAME
+  const frames = Array.from({ length: flows }, (_, flow) =>
+    (gso ? tcpFrame : udpFrame)({
+      size,
+      source: macs[from],
+      destination: macs[1 - from] as Uint8Array,
+      sourceHost: 1 + from,
+      destinationHost: 2 - from,
+      sourcePort: 1024 + flow,
+      seed: flow,
+    })
+  )
+  return { header: gso ? tcpGsoHeader(size) : {}, frames, splitHeader }
+}
+
+function macOf(option: string, text: string): Uint8Array {
+  const bytes = parseMac(text)
+  if (bytes === undefined || ((bytes[0] ?? 1) & 1) === 1) {
+    throw new RangeError(`${option}: ${text} is no unicast MAC address`)
+  }
+  return bytes
+}
+
+function check(ok: boolean, problem: string): void {
+  if (!ok) throw new RangeError(problem)
+}
