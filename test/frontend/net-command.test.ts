@@ -1,6 +1,7 @@
 /** `virtiod bench` tells disks from network devices, and refuses what the other kind alone would take. */
 import { afterAll, describe, expect, onTestFinished, test, vi } from 'vitest'
 import { benchCommand } from '../../src/cli/commands/bench.ts'
+import { verifyCommand } from '../../src/cli/commands/verify.ts'
 import { ConfigError } from '../../src/device/errors.ts'
 import { dpdkMissing, endSharedTestpmd, sharedTestpmd, wires } from './net-peers.ts'
 import { serveFake } from './support.ts'
@@ -47,6 +48,12 @@ describe.skipIf(dpdkMissing !== undefined)('a network device', () => {
     ['indirect', true],
   ])("--%s is a disk's", async (name, value) => {
     expect(await refused([await net()], { [name]: value })).toBe(`--${name}`)
+  })
+
+  test('is not verified as a disk', async () => {
+    const socket = await net()
+    const refusal = verifyCommand.run({ values: {}, positionals: [socket] })
+    await expect(refusal).rejects.toMatchObject({ code: 'ERR_ARGUMENT', option: socket })
   })
 
   test.each([

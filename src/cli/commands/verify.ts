@@ -55,7 +55,13 @@ export const verifyCommand: Command = {
       const fix = `Give a part of one, such as ${names[0]}${options.hostile ? '' : '; those of hostile/ need --hostile'}.`
       throw new ConfigError('ERR_OPTION_VALUE', '--filter', `no case has "${useless}" in its name`, fix)
     }
-    const result = await verify(positionals[0]!, {
+    const socket = positionals[0]!
+    const { deviceAt } = await import('../../frontend/probe.ts')
+    if (deviceAt(socket) === 'net') {
+      const fix = 'Give the socket of a disk; "virtiod probe" and "virtiod bench" know network cards.'
+      throw new ConfigError('ERR_ARGUMENT', socket, 'a network card is there, and the cases are for disks', fix)
+    }
+    const result = await verify(socket, {
       readOnly: options['read-only'],
       hostile: options.hostile,
       filter: options.filter,
