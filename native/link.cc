@@ -188,19 +188,6 @@ static Napi::Value LinkSetMtu(const Napi::CallbackInfo& info) {
   });
 }
 
-static Napi::Value LinkSetAddress(const Napi::CallbackInfo& info) {
-  Args args(info);
-  std::string name = args.String(0, "name");
-  Span<uint8_t> mac = args.Bytes(1, "mac");
-  if (mac.length != kMacBytes) args.Fail("mac", "6 bytes");
-  if (args.failed()) return Undefined(info);
-  return OnLink(info, name, [mac](int control, struct ifreq& request) {
-    request.ifr_hwaddr.sa_family = ARPHRD_ETHER;
-    memcpy(request.ifr_hwaddr.sa_data, mac.data, kMacBytes);
-    return ioctl(control, SIOCSIFHWADDR, &request);
-  });
-}
-
 static Napi::Value BridgeAdd(const Napi::CallbackInfo& info) {
   Args args(info);
   std::string bridge = args.String(0, "bridge");
@@ -250,7 +237,6 @@ void InitLink(Napi::Env env, Napi::Object exports) {
   Export<LinkInfo>(env, exports, "linkInfo");
   Export<LinkSetUp>(env, exports, "linkSetUp");
   Export<LinkSetMtu>(env, exports, "linkSetMtu");
-  Export<LinkSetAddress>(env, exports, "linkSetAddress");
   Export<BridgeAdd>(env, exports, "bridgeAdd");
   Export<PacketSocket>(env, exports, "packetSocket");
 }

@@ -305,8 +305,6 @@ export interface Native {
   linkSetUp(name: string, up: boolean): number
   /** MTU in bytes. -EINVAL: outside of what the link takes. */
   linkSetMtu(name: string, mtu: number): number
-  /** `mac` has 6 bytes. -EADDRNOTAVAIL: multicast or all zeroes. */
-  linkSetAddress(name: string, mac: Uint8Array): number
   /** Puts link `name` on `bridge` (SIOCBRADDIF). -EBUSY: it is on one already. -EOPNOTSUPP: `bridge` is no bridge. */
   bridgeAdd(bridge: string, name: string): number
   /**

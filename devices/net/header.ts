@@ -3,7 +3,7 @@
  * go on to a kernel or another guest. Knows numbers only: neither where header and frame lie, nor what is in the frame
  * (frame.ts).
  */
-import { hasFeature } from '../../src/device/index.ts'
+import { hasFeature, VIRTIO_F_VERSION_1 } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
 
 // Why a packet is dropped: what `PacketHeader.check` returns, an index into DROP_REASONS.
@@ -35,6 +35,16 @@ const TCP_HEADER_SIZE = 20
 const UDP_HEADER_SIZE = 8
 const TCP_TYPES = (1 << net.VIRTIO_NET_HDR_GSO_TCPV4) | (1 << net.VIRTIO_NET_HDR_GSO_TCPV6)
 
+/** Bytes of the header before each packet: a legacy driver without MRG_RXBUF has a shorter one (virtio 1.3 §5.1.6.1). */
+export function headerSize(features: bigint): number {
+  return hasFeature(features, VIRTIO_F_VERSION_1) || hasFeature(features, net.VIRTIO_NET_F_MRG_RXBUF)
+    ? net.VIRTIO_NET_HDR_SIZE
+    : net.VIRTIO_NET_HDR_SIZE_LEGACY
+}
+
+/** NEEDS_CSUM, and the whole gso_type. */
+const PLAIN_MASK = 0xff00 | net.VIRTIO_NET_HDR_F_NEEDS_CSUM
+
 /** One header at a time, used again for each packet of a queue. */
 export class PacketHeader {
   /** NEEDS_CSUM or 0. A device ignores all other flags (virtio 1.3 §5.1.6.2.2), so they don't get further than this. */
@@ -54,6 +64,8 @@ export class PacketHeader {
   csumStart = 0
   csumOffset = 0
 
+  /** The last `load` found nothing to do for anybody: all fields are 0. */
+  #plain = false
   readonly #checksum: boolean
   readonly #ecn: boolean
   /** Bit t = gso_type t was negotiated. */
@@ -73,6 +85,9 @@ export class PacketHeader {
 
   /** Takes the first twelve bytes (the last two don't matter) as three little-endian 32-bit words, read once. */
   load(word0: number, word1: number, word2: number): void {
+    // Neither a flag that matters nor a type, once more: all fields are 0 already.
+    if ((word0 & PLAIN_MASK) === 0 && this.#plain) return
+    this.#plain = (word0 & PLAIN_MASK) === 0
     const flags = word0 & net.VIRTIO_NET_HDR_F_NEEDS_CSUM
     const type = (word0 >>> 8) & 0xff
     this.flags = flags
@@ -87,6 +102,7 @@ export class PacketHeader {
 
   /** Takes the fields of another one. */
   copy(other: PacketHeader): void {
+    this.#plain = false
     this.flags = other.flags
     this.gsoType = other.gsoType
     this.ecn = other.ecn
@@ -104,6 +120,7 @@ export class PacketHeader {
   check(frameLength: number): number {
     if (frameLength < net.ETH_HEADER_SIZE) return RUNT
     if (frameLength > net.MAX_FRAME_SIZE) return OVERSIZED
+    if (this.#plain) return PASS
     if (this.flags !== 0) {
       if (!this.#checksum) return HEADER
       const start = this.csumStart

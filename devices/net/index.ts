@@ -13,18 +13,19 @@ import {
   hasFeature,
   type NetworkRequests,
   type QemuDevice,
+  VIRTIO_F_VERSION_1,
 } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
 import { rarpFrame } from './announce.ts'
 import { CaptureTask } from './capture-task.ts'
+import { headerSize } from './header.ts'
 import { METRICS, queueSamples, switchSamples } from './metrics.ts'
 import { macBytes, type NetOptions, netOptions, tapFds } from './options.ts'
 import { allocateCounters, type NetMessage, type NetQueueData, type NetReport } from './shared.ts'
 import { joinSwitch, type SwitchPort } from './switches.ts'
-import { adoptTap, headerSize, openTap, type Tap } from './tap.ts'
+import { adoptTap, openTap, type Tap } from './tap.ts'
 
 const VIRTIO_ID_NET = 1
-const VIRTIO_F_VERSION_1 = 32
 
 const MIN_MTU = 68
 const MAX_MTU = 65535
@@ -199,6 +200,12 @@ class NetDevice implements Device<NetQueueData> {
       case 'announced':
         this.#announcing = false
         break
+      case 'linkFailed':
+        this.#host.log.warn(
+          { tap: this.#link.tap?.name, errno: -report.result },
+          'the tap gives no packets: it is down or gone'
+        )
+        return
     }
     this.#host.send(queueIndex, { kind: 'done' } satisfies NetMessage)
   }
@@ -298,7 +305,11 @@ function open(options: NetOptions, host: DeviceHost): NetDevice {
 
 function openLink(options: NetOptions, host: DeviceHost, fds: readonly number[], pairs: number): NetLink {
   const { tap, switch: name, uplink, bridge, mtu } = options
-  if (name !== undefined) return { port: joinSwitch(host, { name, uplink, bridge }) }
+  if (name !== undefined) {
+    const port = joinSwitch(host, { name, uplink, bridge, mtu })
+    host.log.info({ switch: name, port: port.number, queues: pairs }, 'joined the switch')
+    return { port }
+  }
   if (tap !== undefined) return { tap: openTap(host, '--tap', tap, pairs, { bridge, mtu }) }
   return { tap: adoptTap(host, fds, { bridge, mtu }) }
 }

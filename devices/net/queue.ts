@@ -6,8 +6,7 @@ import { hasFeature, type QueueContext, type QueueHandler, type ReceiveHandler }
 import * as net from '../../src/device/virtio-net.ts'
 import { CaptureWriter } from './capture.ts'
 import { ControlQueue } from './control-queue.ts'
-import { PacketHeader } from './header.ts'
-import { headerSize } from './receiver.ts'
+import { headerSize } from './header.ts'
 import { NetCounters, type NetQueueData } from './shared.ts'
 import { SwitchLink } from './switch.ts'
 import { SwitchControl } from './switch-control.ts'
@@ -32,7 +31,7 @@ export function createQueueHandler(context: QueueContext, data: NetQueueData): Q
   if (place !== undefined) {
     if (queueIndex % 2 === 0)
       return new SwitchReceive(context, place, used, pair, data.offloads ?? features, counters, capture)
-    const link = new SwitchLink(context, place, used, pair, new PacketHeader(0n))
+    const link = new SwitchLink(context, place, used, pair)
     return new Transmitter(context, link, counters, capture)
   }
   const fd = data.tapFds[pair]!

@@ -2,17 +2,10 @@
  * The guest's side of a receive ring: finds chains for a packet whose length is known, writes the virtio-net header and has
  * the frame copied behind it (virtio 1.3 §5.1.6.4). It must not know where packets come from.
  */
-import {
-  type Chain,
-  type CopyBatch,
-  hasFeature,
-  type IoBuffer,
-  type QueueContext,
-  VIRTIO_F_VERSION_1,
-} from '../../src/device/index.ts'
+import { type Chain, type CopyBatch, hasFeature, type IoBuffer, type QueueContext } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
 import type { CaptureWriter } from './capture.ts'
-import type { PacketHeader } from './header.ts'
+import { headerSize, type PacketHeader } from './header.ts'
 import {
   DROP_BAD_BUFFER,
   DROP_DISABLED,
@@ -24,6 +17,8 @@ import {
 
 /** Chains that one packet may use. Linux' smallest buffers are 1.5 KiB, 43 for the largest packet. */
 const MAX_CHAINS = 1024
+/** Chains that go back unused for one packet, before others get their turn: a driver can make each one long to look at. */
+const MAX_UNUSED = 16
 
 /** What became of a packet: the guest gets it; */
 export const DELIVERED = 0
@@ -31,13 +26,6 @@ export const DELIVERED = 0
 export const NO_CHAINS = 1
 /** it was dropped, and counted. */
 export const DROPPED = 2
-
-/** Bytes of the header before each packet: a legacy driver without MRG_RXBUF has a shorter one (virtio 1.3 §5.1.6.1). */
-export function headerSize(features: bigint): number {
-  return hasFeature(features, VIRTIO_F_VERSION_1) || hasFeature(features, net.VIRTIO_NET_F_MRG_RXBUF)
-    ? net.VIRTIO_NET_HDR_SIZE
-    : net.VIRTIO_NET_HDR_SIZE_LEGACY
-}
 
 export class Receiver {
   readonly context: QueueContext
@@ -177,6 +165,7 @@ export class Receiver {
     const total = this.headerSize + length
     let room = 0
     let count = 0
+    let unused = 0
     for (;;) {
       if (this.#used + count === this.#held) {
         const full = this.#held > this.#mask
@@ -193,6 +182,8 @@ export class Receiver {
       // The first takes the header as well; one without room is no buffer at all (virtio 1.3 §5.1.6.3.1).
       if (writable <= (count === 1 ? this.headerSize : 0)) {
         this.#giveUnused(count)
+        unused += count
+        if (unused >= MAX_UNUSED) return 0
         count = 0
         room = 0
         continue

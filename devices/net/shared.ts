@@ -95,6 +95,8 @@ export interface SwitchPlace {
   readonly port: number
   /** A tap with virtio-net headers of 12 bytes, -1 = none. */
   readonly uplinkFd: number
+  /** The uplink takes UDP segmentation. */
+  readonly uplinkUso: boolean
   /** {@link SwitchCounters}, the same for all ports. */
   readonly counters: SharedArrayBuffer
 }
@@ -130,13 +132,15 @@ export interface NetQueueData {
   readonly captures: readonly SharedArrayBuffer[]
 }
 
-/** What the queue half tells the control half (`QueueContext.report`): commands of the control queue. */
+/** What the queue half tells the control half (`QueueContext.report`): commands of the control queue, and trouble. */
 export type NetReport =
   | { readonly kind: 'pairs'; readonly pairs: number }
   /** The driver takes only these offloads from now on: feature bits of GUEST_*. */
   | { readonly kind: 'offloads'; readonly features: bigint }
   | { readonly kind: 'mac'; readonly mac: Uint8Array }
   | { readonly kind: 'announced' }
+  /** Reading the tap failed, and had not failed before: -errno. Not a command, so it is not answered. */
+  | { readonly kind: 'linkFailed'; readonly result: number }
 
 /** What the control half tells the handlers (`DeviceHost.send`). */
 export type NetMessage =

@@ -141,6 +141,8 @@ export class SwitchReceive implements ReceiveHandler {
   }
 
   close(): void {
+    // A ring that failed was not released.
+    this.#hub.uplink?.unwatch(this.#context)
     this.#port.receivers[this.#pair] = undefined
     this.#hub.leave(this.#port)
   }
@@ -186,9 +188,9 @@ export class SwitchReceive implements ReceiveHandler {
       return false
     }
     let all = true
-    while (converter.next()) {
-      if (!this.#deliver(converter.header, converter.buffer, converter.start, converter.length)) all = false
-    }
+    // What doesn't fit ends it: 2000 segments for a guest that takes none are work that the others would wait for.
+    while (all && converter.next())
+      all = this.#deliver(converter.header, converter.buffer, converter.start, converter.length)
     // The converter's buffer is used again for the next packet.
     this.#hub.copies.run()
     return all

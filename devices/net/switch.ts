@@ -5,7 +5,7 @@
  */
 import type { Chain, CopyBatch, IoBuffer, QueueContext } from '../../src/device/index.ts'
 import { Converter } from './converter.ts'
-import type { PacketHeader } from './header.ts'
+import { PacketHeader } from './header.ts'
 import { MacTable } from './mac-table.ts'
 import { FLOODS, MAX_PORTS, type NetMessage, PORT_DROPS, type SwitchPlace, TABLE_ENTRIES } from './shared.ts'
 import type { SwitchReceive } from './switch-receive.ts'
@@ -98,7 +98,7 @@ export class Switch {
       hub = new Switch(context, place)
       switches.set(place.name, hub)
     }
-    if (place.uplinkFd >= 0) hub.#uplink ??= new Uplink(hub, context, place.uplinkFd)
+    if (place.uplinkFd >= 0) hub.#uplink ??= new Uplink(hub, context, place.uplinkFd, place.uplinkUso)
     let port = hub.#byIndex[place.port]
     if (port === undefined) {
       port = new SwitchPort(place.port, pairs)
@@ -136,12 +136,12 @@ export class Switch {
     this.#readChain(chain, start)
     const to = this.#destination(from)
     if (to >= 0) {
-      if (to === UPLINK_PORT) this.#uplink?.sendChain(header, chain, start)
+      if (to === UPLINK_PORT) this.#uplink?.sendChain(header, chain, start, length)
       else if (to !== from.index) this.#toPort(this.#byIndex[to], pair, header, chain, start, length)
       return
     }
     this.#counters[FLOODS] = this.#counters[FLOODS]! + 1
-    this.#uplink?.sendChain(header, chain, start)
+    this.#uplink?.sendChain(header, chain, start, length)
     for (let i = 0; i < this.#ports.length; i++)
       if (this.#ports[i] !== from) this.#toPort(this.#ports[i], pair, header, chain, start, length)
   }
@@ -303,16 +303,15 @@ export class SwitchLink implements Link {
   readonly #port: SwitchPort
   readonly #pair: number
   readonly #announcement: IoBuffer
-  readonly #plain: PacketHeader
+  /** A header that asks for nothing. */
+  readonly #plain = new PacketHeader(0n)
 
-  /** @param plain a header that asks for nothing */
-  constructor(context: QueueContext, place: SwitchPlace, pairs: number, pair: number, plain: PacketHeader) {
+  constructor(context: QueueContext, place: SwitchPlace, pairs: number, pair: number) {
     const { hub, port } = Switch.join(context, place, pairs)
     this.#hub = hub
     this.#port = port
     this.#pair = pair
     this.#announcement = context.io.allocate(64)
-    this.#plain = plain
   }
 
   send(header: PacketHeader, chain: Chain, start: number, length: number): void {

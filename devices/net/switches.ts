@@ -3,8 +3,8 @@
  * the first device that names it and goes with the last one. Forwarding is the queue half's, on the one iothread of the
  * switch. It must not know config spaces or rings.
  */
-import { ConfigError, type DeviceHost } from '../../src/device/index.ts'
-import { VIRTIO_NET_HDR_SIZE } from '../../src/device/virtio-net.ts'
+import { ConfigError, type DeviceHost, hasFeature } from '../../src/device/index.ts'
+import { VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_HDR_SIZE } from '../../src/device/virtio-net.ts'
 import { allocateSwitchCounters, MAX_PORTS, PORT_DROPS, type SwitchPlace } from './shared.ts'
 import { openTap, type Tap } from './tap.ts'
 
@@ -13,6 +13,8 @@ export interface SwitchRequest {
   readonly name: string
   readonly uplink: string | undefined
   readonly bridge: string | undefined
+  /** Of the uplink. */
+  readonly mtu?: number | undefined
 }
 
 class Switch {
@@ -44,7 +46,8 @@ export class SwitchPort {
   /** As it is now: another device may have brought the uplink. */
   get place(): SwitchPlace {
     const { name, counters, uplink } = this.#switch
-    return { name, port: this.number, uplinkFd: uplink?.fds[0] ?? -1, counters }
+    const uplinkUso = hasFeature(uplink?.features ?? 0n, VIRTIO_NET_F_GUEST_USO4)
+    return { name, port: this.number, uplinkFd: uplink?.fds[0] ?? -1, uplinkUso, counters }
   }
 
   /** What is the whole switch's is shown by one device: that on its lowest port. */
@@ -89,10 +92,10 @@ export function joinSwitch(host: DeviceHost, request: SwitchRequest): SwitchPort
 }
 
 /** @throws ConfigError */
-function connect(host: DeviceHost, on: Switch, { uplink, bridge }: SwitchRequest): void {
+function connect(host: DeviceHost, on: Switch, { uplink, bridge, mtu }: SwitchRequest): void {
   if (uplink === undefined) return
   if (on.uplink === undefined) {
-    on.uplink = openTap(host, '--uplink', uplink, 1, { bridge })
+    on.uplink = openTap(host, '--uplink', uplink, 1, { bridge, mtu })
     on.bridge = bridge
     // The switch takes every kind of packet; what a guest can't take it finishes itself.
     on.uplink.setHeaderSize(VIRTIO_NET_HDR_SIZE)

@@ -26,7 +26,8 @@ export function openRefusal(name: string, exists: boolean, pairs: number, result
     case 'ENOENT':
     case 'ENXIO':
     case 'ENODEV': {
-      const fix = 'Load the module (modprobe tun), or pass the device into the container; --switch needs neither.'
+      const fix =
+        'Load the module (modprobe tun), or pass the device into the container; a --switch without --uplink needs neither.'
       return ['ERR_NET_TAP_DEVICE', `there is no /dev/net/tun (${code})`, fix]
     }
     case 'EBUSY': {
@@ -56,5 +57,5 @@ function permissionFix(name: string, exists: boolean, pairs: number): string {
   const queues = pairs > 1 ? ' multi_queue' : ''
   const add = `ip tuntap add ${name} mode tap vnet_hdr${queues} user ${process.getuid?.() ?? 'USER'}`
   const make = exists ? `ip link delete ${name} && ${add}` : add
-  return `Be root, have CAP_NET_ADMIN, or let root make it for you: ${make}; --switch needs none of this.`
+  return `Be root, have CAP_NET_ADMIN, or let root make it for you: ${make} && ip link set ${name} up; a --switch without --uplink needs none of this.`
 }

@@ -1,14 +1,15 @@
 /**
  * From a tap to the guest: the kernel reads packets straight into the guest's chains, header included. Where the chains
  * don't suffice for the largest packet that may come, one packet at a time goes through a buffer of ours, so that none is
- * cut and none is lost while the guest is slow: the rest waits in the tap.
+ * cut and none is lost while the guest is slow: the rest waits in the tap. (One that is larger than the tap's MTU was when the ring started
+ * is cut, for a driver that takes neither merged buffers nor segmentation.)
  */
 import { type Chain, hasFeature, type QueueContext, type ReceiveHandler } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
 import type { CaptureWriter } from './capture.ts'
 import { PacketHeader } from './header.ts'
 import { NO_CHAINS, Receiver } from './receiver.ts'
-import { type NetCounters, PARTIAL_CHECKSUMS, SEGMENTED, STARVED } from './shared.ts'
+import { type NetCounters, type NetReport, PARTIAL_CHECKSUMS, SEGMENTED, STARVED } from './shared.ts'
 
 /** Packets per native call, and chains held for them: for one of the largest and a batch of small ones. */
 const BATCH = 32
@@ -24,6 +25,8 @@ const VLAN_TAG_SIZE = 4
 const BUFFER_SIZE = 128 * 1024
 const COPY_PIECES = 256
 
+const EAGAIN = -11
+
 export class TapReceive implements ReceiveHandler {
   waiting = false
   readonly #context: QueueContext
@@ -38,9 +41,13 @@ export class TapReceive implements ReceiveHandler {
   readonly #header = new PacketHeader(0n)
   /** Bytes that a packet may have, its header included. */
   readonly #largest: number
+  /** The driver takes flags (GUEST_CSUM). */
+  readonly #flags: boolean
   /** Bytes of the packet in the buffer that waits for chains, 0 = none. */
   #pending = 0
   #watching = false
+  /** Reading failed the last time. */
+  #failed = false
   /** The packet at hand is being recorded. */
   #capturing = false
   /** The tap may have packets. */
@@ -62,6 +69,7 @@ export class TapReceive implements ReceiveHandler {
     this.#buffer = context.io.allocate(BUFFER_SIZE)
     this.#words = new Uint32Array(this.#buffer.bytes.buffer, this.#buffer.bytes.byteOffset, 3)
     this.#receiver = new Receiver(context, counters, this.#copies, capture)
+    this.#flags = hasFeature(context.features, net.VIRTIO_NET_F_GUEST_CSUM)
     const plain = mtu + net.ETH_HEADER_SIZE + VLAN_TAG_SIZE
     const segmented = [
       net.VIRTIO_NET_F_GUEST_TSO4,
@@ -82,8 +90,7 @@ export class TapReceive implements ReceiveHandler {
     this.#hold()
     const count = this.#packets.receive(this.#largest, this.#receiver.mergeable, BATCH)
     for (let i = 0; i < count; i++) this.#give(this.#packets.length(i))
-    // A tap that is down or detached has nothing either, until it becomes readable.
-    if (this.#packets.ended < 0) this.#readable = false
+    if (this.#packets.ended < 0) this.#ended(this.#packets.ended)
     else if (count === 0) return this.#receiveOne()
     return count
   }
@@ -98,6 +105,16 @@ export class TapReceive implements ReceiveHandler {
     // The tap's queue is detached while the ring is not active, and a detached one can't be watched.
     if (this.#watching) this.#context.io.unwatch(this.#fd)
     this.#watching = false
+  }
+
+  /** The tap has nothing more, until it becomes readable: it is empty, or (said once) down or gone. */
+  #ended(result: number): void {
+    this.#readable = false
+    if (result === EAGAIN) this.#failed = false
+    else if (!this.#failed) {
+      this.#failed = true
+      this.#context.report({ kind: 'linkFailed', result } satisfies NetReport)
+    }
   }
 
   #watch(): void {
@@ -140,6 +157,8 @@ export class TapReceive implements ReceiveHandler {
     }
     if (this.#capturing) this.#capture!.commit()
     this.#counters.packets(1, size - headerSize)
+    // The kernel says DATA_VALID of what a card of the host has checked, to any driver (virtio 1.3 §5.1.6.4.1).
+    if (!this.#flags) first.writeU8(net.VIRTIO_NET_HDR_FLAGS, 0)
     const offset = first.offset[first.readableCount]!
     const { bytes } = first.regions[first.region[first.readableCount]!]!
     if (first.length[first.readableCount]! >= net.VIRTIO_NET_HDR_SIZE) {
@@ -169,7 +188,7 @@ export class TapReceive implements ReceiveHandler {
     this.#untake()
     const size = this.#packets.receiveBuffer(this.#buffer, 0, BUFFER_SIZE)
     if (size < 0) {
-      this.#readable = false
+      this.#ended(size)
       return 0
     }
     if (size < this.#receiver.headerSize) return 1

@@ -13,9 +13,8 @@ import {
   type TapInfo,
 } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
+import { headerSize } from './header.ts'
 import { errorName, openRefusal, type Refusal } from './tap-errors.ts'
-
-const VIRTIO_F_VERSION_1 = 32
 
 /** Of virtio 1.3 §5.1.4.1. The kernel's taps have 65521 at most. */
 const MAX_MTU = 65535
@@ -69,6 +68,8 @@ export class Tap {
   setFeatures(features: bigint): void {
     this.setHeaderSize(headerSize(features))
     this.setOffloads(features)
+    // What waits is as the driver before it wanted it: with longer headers, or unfinished.
+    for (const fd of this.fds) this.#host.network.discardPackets(fd)
   }
 
   /** @param size of the virtio-net header: 10 or 12 bytes */
@@ -161,12 +162,6 @@ export function offloads(features: bigint): number {
   return flags
 }
 
-/** Bytes of the virtio-net header that a driver with these features uses (virtio 1.3 §5.1.6.1). */
-export function headerSize(features: bigint): number {
-  const long = hasFeature(features, VIRTIO_F_VERSION_1) || hasFeature(features, net.VIRTIO_NET_F_MRG_RXBUF)
-  return long ? net.VIRTIO_NET_HDR_SIZE : net.VIRTIO_NET_HDR_SIZE_LEGACY
-}
-
 /** How a link is to be. */
 export interface LinkSettings {
   readonly bridge?: string | undefined
@@ -221,7 +216,7 @@ function openFirst(host: DeviceHost, option: string, name: string, exists: boole
   throw configError(option, [
     'ERR_NET_TAP_QUEUES',
     `${name} has a single queue, and --queue-pairs asks for ${pairs}`,
-    `Leave --queue-pairs away, or make the tap anew: ip tuntap add ${name} mode tap multi_queue`,
+    `Leave --queue-pairs away, or make the tap anew: ip link delete ${name} && ip tuntap add ${name} mode tap vnet_hdr multi_queue user USER`,
   ])
 }
 

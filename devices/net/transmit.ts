@@ -6,8 +6,7 @@ import type { Chain, QueueContext, QueueHandler } from '../../src/device/index.t
 import * as net from '../../src/device/virtio-net.ts'
 import type { CaptureWriter } from './capture.ts'
 import { GsoFrame, MAX_HEADERS } from './frame.ts'
-import { PASS, PacketHeader, RUNT, SEGMENTATION } from './header.ts'
-import { headerSize } from './receiver.ts'
+import { headerSize, PASS, PacketHeader, RUNT, SEGMENTATION } from './header.ts'
 import { DROP_DISABLED, type NetCounters, type NetMessage, PARTIAL_CHECKSUMS, SEGMENTED } from './shared.ts'
 
 /** Where packets go. */
@@ -34,8 +33,6 @@ export class Transmitter implements QueueHandler {
   /** The first bytes of a frame that is to be segmented. */
   readonly #start = new Uint8Array(MAX_HEADERS)
   readonly #view = new DataView(this.#start.buffer)
-  /** Takes the result of loads that are done for their effect on the cache: they would be optimized away. */
-  touched = 0
   /** Sent since the last flush. */
   #packets = 0
   #bytes = 0
@@ -50,12 +47,12 @@ export class Transmitter implements QueueHandler {
   }
 
   handleBatch(chains: readonly Chain[], count: number): void {
-    // What the guest wrote last is in its processor's cache: fetched one after the other each would be waited for.
-    let touched = 0
-    for (let i = 0; i < count; i++) touched ^= chains[i]!.firstByte()
-    this.touched = touched
-    for (let i = 0; i < count; i++) this.#transmit(chains[i]!)
-    this.#link.flush()
+    try {
+      for (let i = 0; i < count; i++) this.#transmit(chains[i]!)
+    } finally {
+      // Also when one of them failed: what the link has put off names these chains' memory.
+      this.#link.flush()
+    }
     // Nothing reads the chains any more. A device writes nothing to them (virtio 1.3 §5.1.6.2.2).
     const context = this.#context
     for (let i = 0; i < count; i++) context.give(chains[i]!, 0)

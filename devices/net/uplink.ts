@@ -16,6 +16,7 @@ const SLOT_BYTES = 128 * 1024
 export class Uplink {
   readonly #hub: Switch
   readonly #fd: number
+  readonly #uso: boolean
   readonly #receiver: PacketReceiver
   readonly #sender: PacketSender
   readonly #slots: HeaderSlots
@@ -27,9 +28,13 @@ export class Uplink {
   #watcher: QueueContext | undefined
   #readable = false
 
-  /** @param fd of a tap with headers of twelve bytes */
-  constructor(hub: Switch, context: QueueContext, fd: number) {
+  /**
+   * @param fd of a tap with headers of twelve bytes
+   * @param uso it takes UDP segmentation (Linux 6.2); all else every tap takes
+   */
+  constructor(hub: Switch, context: QueueContext, fd: number, uso: boolean) {
     this.#hub = hub
+    this.#uso = uso
     this.#fd = fd
     this.#receiver = context.io.packetReceiver(fd, 1)
     this.#sender = context.io.packetSender(fd, BATCH)
@@ -81,7 +86,9 @@ export class Uplink {
     this.#watcher = undefined
   }
 
-  sendChain(header: PacketHeader, chain: Chain, start: number): void {
+  sendChain(header: PacketHeader, chain: Chain, start: number, length: number): void {
+    if (header.gsoType === net.VIRTIO_NET_HDR_GSO_UDP_L4 && !this.#uso)
+      return this.#sendSegments(header, chain, start, length)
     const sender = this.#sender
     if (sender.count === BATCH) this.flush()
     if (this.#add(header, chain, start)) return
@@ -96,6 +103,13 @@ export class Uplink {
     this.#single.bytes.set(buffer.bytes.subarray(start, start + length), net.VIRTIO_NET_HDR_SIZE)
     this.#sender.addBuffer(this.#single, 0, net.VIRTIO_NET_HDR_SIZE + length)
     this.flush()
+  }
+
+  #sendSegments(header: PacketHeader, chain: Chain, start: number, length: number): void {
+    const { converter } = this.#hub
+    if (!converter.begin(header, converter.chain(chain, start, length).bytes, 0, length))
+      return this.#hub.uplinkDropped()
+    while (converter.next()) this.sendBuffer(converter.header, converter.buffer, converter.start, converter.length)
   }
 
   flush(): void {

@@ -34,7 +34,7 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     load: async () => (await import('./commands/verify.ts')).verifyCommand,
   },
   bench: {
-    summary: 'measure any vhost-user-blk socket: IOPS, latency, processor time per request',
+    summary: 'measure any vhost-user-blk or -net socket: IOPS or packets/s, latency, processor time per request',
     load: async () => (await import('./commands/bench.ts')).benchCommand,
   },
 }

@@ -87,7 +87,9 @@ export class DeviceServer {
   configChanged(): void {
     if (this.#session === undefined) return
     const told = this.#session.configChanged()
-    this.#log.info(
+    // A front-end can cause it: SEND_RARP.
+    this.#say(
+      'info',
       { told },
       told
         ? 'the config space changed, the front-end was told'

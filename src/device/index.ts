@@ -317,7 +317,10 @@ export interface DeviceIo {
   packetReceiver(fd: number, capacity: number): PacketReceiver
   /** For copies between chains and buffers, many per native call. @param capacity pieces per batch */
   copyBatch(capacity: number): CopyBatch
-  /** `length` zeroed bytes, page-aligned. They live until the iothread ends: allocate at start, not per request. */
+  /**
+   * `length` zeroed bytes, page-aligned: allocate at start, not per request. They are there as long as somebody refers to the buffer, so
+   * keep it while its address is in use.
+   */
   allocate(length: number): IoBuffer
   /** Reads the file from `offset` into bytes [start, start + length) of the chain's device-writable part. */
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void

@@ -44,8 +44,9 @@ export interface NetworkHost {
   link(name: string): LinkInfo | number
   setLinkUp(name: string, up: boolean): number
   setLinkMtu(name: string, mtu: number): number
-  setLinkAddress(name: string, mac: Uint8Array): number
   addToBridge(bridge: string, name: string): number
+  /** Throws away what waits in a tap's queue, within reason. Returns how many packets. */
+  discardPackets(fd: number): number
   /** Writes one packet to a tap, from the control thread. */
   writePacket(fd: number, packet: Uint8Array): number
 }

@@ -246,6 +246,8 @@ export class Iothread implements CompletionSink, QueueOwner {
       }
       case 'endSession':
         this.#memory.delete(request.session)
+        // Node runs the finalizers of the addon's functions (`createCopier`) in the event loop, where this thread is never else.
+        await new Promise((resolve) => setImmediate(resolve))
         return this.#done(id, 0)
       case 'message':
         this.#queue(request.queue).message(request.message)

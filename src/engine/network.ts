@@ -1,5 +1,5 @@
 /** What a device's control half can do to taps and network links, over the addon. It decides nothing. */
-import { writeSync } from 'node:fs'
+import { readSync, writeSync } from 'node:fs'
 import type { LinkInfo, NetworkHost, TapInfo } from '../device/index.ts'
 import { native } from '../native.ts'
 
@@ -11,6 +11,8 @@ const IFF_VNET_HDR = 0x4000
 const IFF_UP = 0x1
 
 const EINVAL = -22
+/** Twice a tap's default queue (txqueuelen). */
+const MAX_DISCARDED = 2048
 
 // What Native.tapInfo and Native.linkInfo fill in.
 const TAP_FLAGS = 0
@@ -63,8 +65,19 @@ export const networkHost: NetworkHost = {
 
   setLinkUp: (name, up) => native.linkSetUp(name, up),
   setLinkMtu: (name, mtu) => native.linkSetMtu(name, mtu),
-  setLinkAddress: (name, mac) => native.linkSetAddress(name, mac),
   addToBridge: (bridge, name) => native.bridgeAdd(bridge, name),
+
+  discardPackets: (fd) => {
+    // A read takes a whole packet, however little of it is asked for.
+    const start = new Uint8Array(16)
+    let count = 0
+    try {
+      while (count < MAX_DISCARDED && readSync(fd, start) > 0) count++
+    } catch {
+      // Empty, down, detached or gone: nothing that waits there can come to a driver.
+    }
+    return count
+  },
 
   writePacket: (fd, packet) => {
     try {

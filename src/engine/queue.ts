@@ -95,6 +95,8 @@ export class Queue implements QueueContext {
   readonly #batch: Chain[] = []
   /** The handler takes batches. */
   #batches = false
+  /** The receiver did something when it was last asked, so it may have more to do without being woken. */
+  #received = false
   /** Chains that `take` took and `untake` did not put back, since they were last counted. */
   #taken = 0
   /** Chains completed, and how many of them `publish` has seen. */
@@ -201,7 +203,9 @@ export class Queue implements QueueContext {
 
   #receive(receiver: ReceiveHandler): number {
     try {
-      return receiver.receive()
+      const count = receiver.receive()
+      this.#received = count > 0
+      return count
     } catch (error) {
       this.#fail(error)
       return 0
@@ -277,8 +281,9 @@ export class Queue implements QueueContext {
     owner.ring.write(this.#callFd, -1, -1, owner.oneAddress, 8, WRITE_PLAIN, this.id << 16, this.#tag(OP_CALL))
   }
 
-  /** Before a sleep: asks for kicks. Returns true when chains are waiting already. */
+  /** Before a sleep: asks for kicks. Returns true when chains are waiting already, or a receiver isn't through. */
   rearm(): boolean {
+    if (this.#received) return true
     // One that waits for nothing but its fd sleeps without kicks.
     if (this.#receiver !== undefined && !this.#receiver.waiting) return false
     if (!this.#suppressed) return this.vring.hasAvail()

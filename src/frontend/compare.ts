@@ -1,5 +1,5 @@
 /**
- * `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short
+ * The disks of `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short
  * measurements, and fio on the file itself. It owns the test file, the order of the rounds and the table.
  *
  * Placement decides latency, so each back-end is pinned to one processor and the load generator to another. Each case
@@ -8,22 +8,11 @@
  */
 import { execFile } from 'node:child_process'
 import { randomFillSync } from 'node:crypto'
-import {
-  closeSync,
-  existsSync,
-  fsyncSync,
-  openSync,
-  readSync,
-  rmSync,
-  statfsSync,
-  statSync,
-  writeFileSync,
-  writeSync,
-} from 'node:fs'
+import { closeSync, existsSync, fsyncSync, openSync, readSync, rmSync, statfsSync, statSync, writeSync } from 'node:fs'
 import { availableParallelism, cpus, loadavg, release, tmpdir } from 'node:os'
 import { dirname, extname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { parseArgs, promisify } from 'node:util'
+import { promisify } from 'node:util'
 import type { BenchOptions, BenchResult } from './bench.ts'
 import type { Rival } from './rivals.ts'
 import { commandExists, qemuRival, RunningRival, runFio, virtiodRival } from './rivals.ts'
@@ -75,8 +64,6 @@ export interface CompareOptions {
   readonly fio: boolean
   readonly indirect: boolean
   readonly cpu: { readonly backend: number; readonly frontend: number }
-  /** Where the table goes. */
-  readonly output: string
   readonly log: (line: string) => void
 }
 
@@ -99,7 +86,15 @@ interface Started {
   readonly rss: number
 }
 
-/** Runs the rounds. @throws Error with a sentence when the machine or the file won't do */
+/** The cases whose name has one of `words` in it; all without words. */
+export function chosen<Case extends { readonly name: string }>(
+  cases: readonly Case[],
+  words: readonly string[]
+): readonly Case[] {
+  return cases.filter((one) => words.length === 0 || words.some((word) => one.name.includes(word)))
+}
+
+/** Runs the rounds of the disks. @throws Error with a sentence when the machine or the file won't do */
 export async function compare(options: CompareOptions): Promise<CompareResult> {
   const rivals: readonly [Rival, Rival] = [virtiodRival(options.built), qemuRival()]
   await checkMachine(options)
@@ -107,13 +102,7 @@ export async function compare(options: CompareOptions): Promise<CompareResult> {
   if (load > 0.5)
     options.log(`the machine is busy (load average ${load.toFixed(1)}): trust the ratios less, and the IOPS not at all`)
   const created = prepareFile(options.file, options.size, options.log)
-  const cases = CASES.filter(
-    (one) => options.cases.length === 0 || options.cases.some((word) => one.name.includes(word))
-  )
-  if (cases.length === 0)
-    throw new Error(
-      `no case has ${options.cases.join(' or ')} in its name; there are ${CASES.map((one) => one.name).join(', ')}`
-    )
+  const cases = chosen(CASES, options.cases)
   const results = cases.map((one) => ({ case: one, rounds: [] as [BenchResult, BenchResult][] }))
   const fio: { iops: number; cpuPerRequest: number }[] = []
   const start: [Started, Started][] = []
@@ -181,19 +170,20 @@ async function measure(
   }
 }
 
-async function checkMachine(options: CompareOptions): Promise<void> {
-  for (const [command, fix] of [
-    ['taskset', 'util-linux'],
-    ['qemu-storage-daemon', 'qemu-system-common'],
-  ] as const) {
-    if (!(await commandExists(command))) throw new Error(`${command} is missing. Install it: apt-get install ${fix}`)
-  }
-  if (options.fio && !(await commandExists('fio')))
-    throw new Error('fio is missing. Install it (apt-get install fio) or pass --no-fio')
-  const { backend, frontend } = options.cpu
+/** @throws Error with a sentence when a comparison can't be pinned */
+export async function checkProcessors({ backend, frontend }: CompareOptions['cpu']): Promise<void> {
+  if (!(await commandExists('taskset'))) throw new Error('taskset is missing. Install it: apt-get install util-linux')
   if (backend === frontend || Math.max(backend, frontend) >= cpus().length || availableParallelism() < 2) {
     throw new Error('the comparison needs two processors, one for the back-end and one for the load: see --cpus')
   }
+}
+
+async function checkMachine(options: CompareOptions): Promise<void> {
+  await checkProcessors(options.cpu)
+  if (!(await commandExists('qemu-storage-daemon')))
+    throw new Error('qemu-storage-daemon is missing. Install it: apt-get install qemu-system-common')
+  if (options.fio && !(await commandExists('fio')))
+    throw new Error('fio is missing. Install it (apt-get install fio) or pass --no-fio')
 }
 
 const TMPFS_MAGIC = 0x0102_1994
@@ -272,11 +262,13 @@ export function median(values: readonly number[]): number {
     : ((sorted[middle - 1] ?? Number.NaN) + (sorted[middle] ?? Number.NaN)) / 2
 }
 
-function spread(values: readonly number[]): string {
+/** `**median** (least–greatest)`. */
+export function spread(values: readonly number[]): string {
   return `**${median(values).toFixed(2)}** (${Math.min(...values).toFixed(2)}–${Math.max(...values).toFixed(2)})`
 }
 
-function kilo(value: number): string {
+/** In thousands. */
+export function kilo(value: number): string {
   return (value / 1000).toFixed(value < 100_000 ? 1 : 0)
 }
 
@@ -336,76 +328,6 @@ function formatStart(result: CompareResult): string[] {
   return [`Start to socket ready (pinned to one processor) and resident memory when idle: ${one(0)}; ${one(1)}.`, '']
 }
 
-function mark(reached: boolean): string {
+export function mark(reached: boolean): string {
   return reached ? '✓' : '✗'
-}
-
-// ---- npm run bench
-
-const USAGE = `usage: npm run bench -- [--rounds N] [--seconds S] [--cases WORD,WORD] [--file PATH] [--size MIB] [--keep] [--built]
-         [--cpus BACKEND,FRONTEND] [--no-fio] [--indirect] [--output PATH] [--json PATH]
-cases: ${CASES.map((one) => one.name).join(' ')}
-`
-
-async function main(): Promise<number> {
-  const { values } = parseArgs({
-    allowNegative: true,
-    options: {
-      rounds: { type: 'string', default: '5' },
-      seconds: { type: 'string', default: '1.5' },
-      cases: { type: 'string', default: '' },
-      file: { type: 'string', default: '/var/tmp/virtiod-bench.img' },
-      size: { type: 'string', default: '1024' },
-      keep: { type: 'boolean', default: false },
-      built: { type: 'boolean', default: false },
-      cpus: { type: 'string', default: '1,0' },
-      fio: { type: 'boolean', default: true },
-      indirect: { type: 'boolean', default: false },
-      output: { type: 'string', default: 'bench-results.md' },
-      json: { type: 'string' },
-      help: { type: 'boolean', default: false },
-    },
-  })
-  if (values.help) {
-    process.stdout.write(USAGE)
-    return 0
-  }
-  const [backend = 1, frontend = 0] = values.cpus.split(',').map(Number)
-  const options: CompareOptions = {
-    rounds: positive('rounds', values.rounds),
-    seconds: positive('seconds', values.seconds),
-    cases: values.cases.split(',').filter((word) => word !== ''),
-    file: values.file,
-    size: positive('size', values.size) * 2 ** 20,
-    keep: values.keep,
-    built: values.built,
-    fio: values.fio,
-    indirect: values.indirect,
-    cpu: { backend, frontend },
-    output: values.output,
-    log: (line) => process.stderr.write(`${line}\n`),
-  }
-  const result = await compare(options)
-  const page = formatComparison(result, options)
-  writeFileSync(options.output, page)
-  if (values.json !== undefined) writeFileSync(values.json, JSON.stringify(result))
-  process.stdout.write(`${page}\nwritten to ${options.output}\n`)
-  return 0
-}
-
-function positive(name: string, text: string): number {
-  const value = Number(text)
-  if (!(value > 0)) throw new Error(`--${name}: ${text} is not a positive number`)
-  return value
-}
-
-if (import.meta.main) {
-  try {
-    process.exitCode = await main()
-  } catch (error) {
-    process.stderr.write(
-      `bench: ${(error as Error).message}\n${(error as { code?: string }).code?.startsWith('ERR_PARSE_ARGS') === true ? USAGE : ''}`
-    )
-    process.exitCode = 1
-  }
 }

@@ -5,8 +5,18 @@
  */
 import { VIRTIO_F_EVENT_IDX, VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
 import { VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MRG_RXBUF } from '../virtio/net.ts'
+import { frameShape, LinkSource, linkReceived, linkSourceLimit, wholePackets } from './net-bench-link.ts'
 import { withDependents } from './net-features.ts'
-import { announcement, MAX_TCP_FRAME, parseMac, tcpFrame, tcpGsoHeader, udpFrame } from './net-frames.ts'
+import {
+  announcement,
+  MAX_TCP_FRAME,
+  parseMac,
+  TCP_GSO_SIZE,
+  TCP_HEADER_LENGTH,
+  tcpFrame,
+  tcpGsoHeader,
+  udpFrame,
+} from './net-frames.ts'
 import { Port, type Traffic } from './net-port.ts'
 import { NetRun } from './net-run.ts'
 import { describePeer } from './peer.ts'
@@ -22,9 +32,17 @@ export interface NetBenchOptions {
   readonly both?: boolean
   /**
    * Bytes of a frame, 64 … 65549 (without frame check sequence), default 64. Up to 1518 they are IPv4/UDP; above, TCP that
-   * wants to be segmented into 1448 bytes each (HOST_TSO4).
+   * wants to be segmented into `gsoSize` bytes each (HOST_TSO4).
    */
   readonly frameSize?: number
+  /** Bytes of payload per segment of frames above 1518 bytes, default 1448; TCP's headers are another 66. */
+  readonly gsoSize?: number
+  /**
+   * With one socket: the tap behind it, in the network namespace of this process. With `tx` what comes out of it counts as
+   * received; with `rx` packets are put into it. Needs CAP_NET_RAW for `rx`. A packet counts as one also when somebody on
+   * the way has segmented it.
+   */
+  readonly link?: string
   /** Different source ports; default 1. */
   readonly flows?: number
   /** MAC addresses of the first side and of the other one. */
@@ -114,6 +132,13 @@ export function netBench(
     queueSize >= 4 && queueSize <= VIRTQ_MAX_SIZE && (queueSize & (queueSize - 1)) === 0,
     `queue-size: ${queueSize} is not a power of two from 4 to ${VIRTQ_MAX_SIZE}`
   )
+  const gsoSize = options.gsoSize ?? TCP_GSO_SIZE
+  check(gsoSize >= 1 && gsoSize <= 65_535 - TCP_HEADER_LENGTH, `gsoSize: ${gsoSize} is not in 1 … 65469`)
+  const { link } = options
+  check(
+    link === undefined || (second === undefined && traffic !== 'echo'),
+    'link: there is one behind a single socket, with tx or rx'
+  )
   check(flows >= 1, `flows: ${flows} is not at least 1`)
   const [ours, theirs] = options.macs ?? MACS
   const macs = [macOf('mac', ours), macOf('peer-mac', theirs)] as const
@@ -138,7 +163,7 @@ export function netBench(
         `frame-size: frames above ${MAX_PLAIN_FRAME} bytes need HOST_TSO4, which the back-end does not offer`
       )
     }
-    port.load(makeTraffic(frameSize, flows, macs, from, options.splitHeader === true))
+    port.load(makeTraffic(frameSize, gsoSize, flows, macs, from, options.splitHeader === true))
   }
   const senders: Port[] = []
   const receivers: Port[] = []
@@ -160,18 +185,35 @@ export function netBench(
     } else b.load({ header: {}, frames: [announcement(macs[1], 2)], depth: 1 })
   }
   const pids = [...new Set([a, b].map((port) => port?.session.connection.peerPid).filter((pid) => pid !== undefined))]
+  const shape = frameShape(frameSize, frameSize > MAX_PLAIN_FRAME)
+  using outside =
+    link === undefined || traffic !== 'rx'
+      ? undefined
+      : new LinkSource(link, {
+          traffic: makeTraffic(frameSize, gsoSize, flows, macs, 1, false),
+          shape,
+          sinks: a.sinks,
+        })
+  const sending = senders.length > 0 || outside !== undefined
+  const counted = receivers.length > 0 || link !== undefined
   const run = new NetRun({
     ports: b === undefined ? [a] : [a, b],
     senders,
     receivers,
     announce,
+    ...(outside !== undefined && { outside }),
+    ...(link !== undefined && outside === undefined && { outlet: () => linkReceived(link) }),
     mode: driver,
     pids,
     ...(options.progress !== undefined && { progress: options.progress }),
   })
   const measured = run.measure((options.warmup ?? 0.5) * 1000, (options.seconds ?? 5) * 1000)
-  const packets = receivers.length > 0 ? measured.received : measured.sent
-  const bytes = receivers.length > 0 ? measured.receivedBytes : measured.sent * frameSize
+  // What a tap segments on the way counts as what was sent.
+  const whole = (packets: number, bytes: number): number =>
+    link === undefined ? packets : wholePackets(shape, packets, bytes)
+  const received = whole(measured.received, measured.receivedBytes)
+  const packets = counted ? received : measured.sent
+  const bytes = counted && link === undefined ? measured.receivedBytes : packets * frameSize
   const per = Math.max(1, packets)
   return {
     device: 'net',
@@ -187,16 +229,26 @@ export function netBench(
     eventIdx: a.session.has(VIRTIO_F_EVENT_IDX),
     mergeable: (b ?? a).mergeable,
     seconds: measured.ms / 1000,
-    ...(senders.length > 0 && { sent: measured.sent }),
-    ...(receivers.length > 0 && { received: measured.received }),
+    ...(sending && { sent: measured.sent }),
+    ...(counted && { received }),
     packetsPerSecond: (packets * 1000) / measured.ms,
     gbitPerSecond: (bytes * 8) / measured.ms / 1e6,
-    ...(senders.length > 0 &&
-      receivers.length > 0 && { lost: Math.max(0, 1 - measured.allReceived / Math.max(1, measured.allSent)) }),
+    ...(sending &&
+      counted && {
+        lost: Math.max(0, 1 - whole(measured.allReceived, measured.allReceivedBytes) / Math.max(1, measured.allSent)),
+      }),
     kicksPerPacket: measured.kicks / per,
     callsPerPacket: measured.calls / per,
     ...(measured.cpuNs !== undefined && { cpuPerPacket: measured.cpuNs / 1000 / per }),
   }
+}
+
+/** How many packets per second this thread puts into a tap of its own that nobody reads: what bounds `rx` with a link. */
+export function netSourceLimit(options: Pick<NetBenchOptions, 'frameSize' | 'gsoSize' | 'seconds'>): number {
+  const frameSize = options.frameSize ?? MIN_FRAME
+  const macs = [macOf('mac', MACS[0]), macOf('peer-mac', MACS[1])] as const
+  const traffic = makeTraffic(frameSize, options.gsoSize ?? TCP_GSO_SIZE, 1, macs, 1, false)
+  return linkSourceLimit(traffic, frameShape(frameSize, frameSize > MAX_PLAIN_FRAME), options.seconds ?? 1)
 }
 
 /** The result as a few lines for people. */
@@ -231,6 +283,7 @@ const TRAFFIC_NAMES: Readonly<Record<NetBenchResult['traffic'], string>> = {
 /** The packets of side `from`. */
 function makeTraffic(
   size: number,
+  gsoSize: number,
   flows: number,
   macs: readonly [Uint8Array, Uint8Array],
   from: 0 | 1,
@@ -248,7 +301,7 @@ function makeTraffic(
       seed: flow,
     })
   )
-  return { header: gso ? tcpGsoHeader(size) : {}, frames, splitHeader }
+  return { header: gso ? tcpGsoHeader(size, gsoSize) : {}, frames, splitHeader }
 }
 
 function macOf(option: string, text: string): Uint8Array {

@@ -3,6 +3,7 @@
  * clock. It must not know options or what the figures are called.
  */
 import { FrontendError } from './errors.ts'
+import type { LinkCount, LinkSource } from './net-bench-link.ts'
 import { announcement, encodeNetHeader } from './net-frames.ts'
 import type { PacketSink, PacketSource } from './net-load.ts'
 import type { Port } from './net-port.ts'
@@ -31,6 +32,7 @@ export interface Measured extends Totals {
   /** From the first packet to the end of the drain. */
   readonly allSent: number
   readonly allReceived: number
+  readonly allReceivedBytes: number
   /** CPU time of the back-end's processes; undefined when /proc doesn't show them. */
   readonly cpuNs: number | undefined
 }
@@ -43,6 +45,10 @@ export interface RunOptions {
   readonly ports: readonly Port[]
   /** Ports that tell a switch where they are, with the MAC address of each. */
   readonly announce: readonly (readonly [Port, Uint8Array])[]
+  /** Sends to the receivers from behind the back-end, besides `senders`. It is the caller's, who closes it. */
+  readonly outside?: LinkSource
+  /** What counts instead of the receivers' packets: what has come out behind the back-end. */
+  readonly outlet?: () => LinkCount
   readonly mode: WaitMode
   readonly pids: readonly number[]
   readonly progress?: (line: string) => void
@@ -89,6 +95,7 @@ export class NetRun {
       calls: after.calls - before.calls,
       allSent: all.sent - base.sent,
       allReceived: all.received - base.received,
+      allReceivedBytes: all.receivedBytes - base.receivedBytes,
       cpuNs: cpuSum(cpuBefore, cpuAfter),
     }
   }
@@ -97,6 +104,7 @@ export class NetRun {
     const sources = this.#sources
     const sinks = this.#sinks
     const polling = this.#options.mode === 'poll'
+    const outside = this.#options.outside
     let least = polling ? BATCH : 1
     let idle = 0
     let sinceCheck = 0
@@ -107,6 +115,7 @@ export class NetRun {
     for (;;) {
       let count = 0
       for (let i = 0; i < sources.length; i++) count += (sources[i] as PacketSource).step(least, true)
+      if (outside !== undefined) count += outside.step()
       for (let i = 0; i < sinks.length; i++) count += (sinks[i] as PacketSink).step(least)
       if (count > 0) {
         idle = 0
@@ -125,6 +134,7 @@ export class NetRun {
       const now = clock()
       for (const sink of this.#idle) sink.step(1)
       if (now >= end) return
+      if (count === 0) outside?.lookAfter(now)
       if (sources.length > 0) {
         let sent = 0
         for (let i = 0; i < sources.length; i++) sent += (sources[i] as PacketSource).sent
@@ -217,7 +227,7 @@ export class NetRun {
       let count = 0
       for (const sink of this.#sinks) count += sink.step(1)
       for (const sink of this.#idle) sink.step(1)
-      if (count > 0 && this.#sources.length > 0) until = now + QUIET_MS
+      if (count > 0 && (this.#sources.length > 0 || this.#options.outside !== undefined)) until = now + QUIET_MS
     }
   }
 
@@ -236,11 +246,16 @@ export class NetRun {
 
   #totals(): Totals {
     const { ports, senders, receivers } = this.#options
-    const totals: Totals = { sent: 0, received: 0, receivedBytes: 0, kicks: 0, calls: 0 }
+    const totals: Totals = { sent: this.#options.outside?.sent ?? 0, received: 0, receivedBytes: 0, kicks: 0, calls: 0 }
     for (const port of senders) totals.sent += port.sent
     for (const port of receivers) {
       totals.received += port.received
       totals.receivedBytes += port.receivedBytes
+    }
+    const outlet = this.#options.outlet?.()
+    if (outlet !== undefined) {
+      totals.received = outlet.packets
+      totals.receivedBytes = outlet.bytes
     }
     for (const port of ports) for (const ring of port.rings) totals.kicks += ring.counters.kicks
     const first = ports[0]?.queues[0]

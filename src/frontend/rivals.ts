@@ -22,15 +22,19 @@ export interface Rival {
   command(file: string, socket: string): readonly string[]
 }
 
+/** The words that run virtiod. @param built the compiled package instead of the TypeScript */
+export function virtiodCommand(built: boolean): readonly string[] {
+  const root = here.endsWith(join('dist', 'src', 'frontend')) ? join(here, '..', '..', '..') : join(here, '..', '..')
+  return [process.execPath, built ? join(root, 'dist', 'src', 'cli', 'main.js') : join(root, 'src', 'cli', 'main.ts')]
+}
+
 /** @param built run the compiled package instead of the TypeScript */
 export function virtiodRival(built: boolean): Rival {
-  const root = here.endsWith(join('dist', 'src', 'frontend')) ? join(here, '..', '..', '..') : join(here, '..', '..')
-  const main = built ? join(root, 'dist', 'src', 'cli', 'main.js') : join(root, 'src', 'cli', 'main.ts')
   return {
     name: 'virtiod',
     // biome-ignore format: option and value on one line
     command: (file, socket) => [
-      process.execPath, main, 'blk', '--socket-path', socket, '--blk-file', file,
+      ...virtiodCommand(built), 'blk', '--socket-path', socket, '--blk-file', file,
       '--num-queues', '1', '--iothreads', '1'
     ],
   }

@@ -74,6 +74,10 @@ function translate(memory: MemoryTable, part: string, uva: bigint, length: numbe
   if (uva % BigInt(align) !== 0n)
     throw new ProtocolError('ERR_PROTOCOL_VRING', `the ${part} is not aligned to ${align} bytes`)
   const gpa = memory.translate(uva, length)
-  if (gpa === undefined) throw new ProtocolError('ERR_PROTOCOL_VRING', `the ${part} is not inside one memory region`)
+  if (gpa === undefined)
+    throw new ProtocolError(
+      'ERR_PROTOCOL_VRING',
+      `the ${part} is not inside one memory region (is the guest's memory shared? In QEMU: share=on)`
+    )
   return gpa
 }

@@ -236,8 +236,9 @@ export class Session {
   /** The ring of a queue index from the wire. @throws ProtocolError */
   ring(index: number): RingState {
     const ring = this.rings[index]
-    if (ring === undefined) throw new ProtocolError('ERR_PROTOCOL_VRING', `queue ${index} of ${this.rings.length}`)
-    return ring
+    if (ring !== undefined) return ring
+    const hint = this.host.network === undefined ? '' : '; the front-end wants more queue pairs than --queue-pairs'
+    throw new ProtocolError('ERR_PROTOCOL_VRING', `queue ${index} of ${this.rings.length}${hint}`)
   }
 
   async setVringNum(index: number, size: number): Promise<void> {

@@ -117,11 +117,6 @@ export class Chain {
     this.length = length
   }
 
-  /** The chain's first byte, to have it in the processor's cache; 0 when it has none. */
-  firstByte(): number {
-    return this.count === 0 ? 0 : this.first.bytes[this.offset[0]!]!
-  }
-
   /** Byte `at` of the device-readable part. @throws RangeError beyond it */
   readU8(at: number): number {
     let position = at

@@ -18,7 +18,7 @@ import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 import { RING_FEATURES } from '../../src/daemon/rings.ts'
 import type { DeviceDefinition } from '../../src/device/index.ts'
 import { deviceMetricName, METRICS } from '../../src/ops/metrics.ts'
-import { PROTOCOL_FEATURES } from '../../src/vhost-user/session.ts'
+import { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from '../../src/vhost-user/session.ts'
 import * as wire from '../../src/vhost-user/wire.ts'
 import * as virtioBlk from '../../src/virtio/blk.ts'
 import * as virtio from '../../src/virtio/constants.ts'
@@ -47,6 +47,7 @@ export async function tables(): Promise<Record<string, string>> {
       ...featureRows(await blkFeatures(), virtioBlk, /^VIRTIO_BLK_F_/, 'blk'),
       ...featureRows(await netFeatures(), virtioNet, /^VIRTIO_NET_F_/, 'net'),
       ...featureRows(PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol'),
+      ...featureRows(NETWORK_PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol, net'),
     ]
   )
   sections['error-codes'] = table(

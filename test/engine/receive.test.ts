@@ -91,12 +91,12 @@ describe.each([
     await card.send({ values: [1, 2, 3] })
     for (let i = 0; i < 3; i++) {
       // The iothread sleeps between two of them, and only the kick wakes it.
-      const before = card.rx.driver.availIdx
-      card.rx.driver.offer(card.rx.prepare(i, 0))
       const { driver } = card.rx
+      const before = driver.availIdx
       await until('the wish to be kicked', () =>
         eventIdx ? driver.availEvent === before : (driver.usedFlags & VIRTQ_USED_F_NO_NOTIFY) === 0
       )
+      driver.offer(card.rx.prepare(i, 0))
       card.rx.kick()
       expect(await card.rx.used(1)).toEqual([{ id: i * 2, length: 1 }])
       expect(card.byte(i)).toBe(i + 1)

@@ -70,7 +70,7 @@ export class FakeHost implements DeviceHost {
       link: (name) => this.links.get(name) ?? ENODEV,
       setLinkUp: told('setLinkUp', 'up'),
       setLinkMtu: told('setLinkMtu', 'mtu'),
-      setLinkAddress: told('setLinkAddress', 'mac'),
+      discardPackets: () => 0,
       addToBridge: told('addToBridge', 'bridge'),
       writePacket: (_, packet) => {
         this.packets.push(packet)

@@ -235,7 +235,7 @@ export const scenarios: Readonly<Record<string, Scenario>> = {
       const message = refused('ERR_NET_TAP_PERMISSION', { tap: 'tap0', 'queue-pairs': 2 })
       assert.match(
         message,
-        /this user may not create the tap tap0 \(EPERM\)\. .*ip tuntap add tap0 mode tap vnet_hdr multi_queue user \d+; --switch needs none of this\.$/
+        /this user may not create the tap tap0 \(EPERM\)\. .*ip tuntap add tap0 mode tap vnet_hdr multi_queue user \d+ && ip link set tap0 up; a --switch without --uplink needs none of this\.$/
       )
       assert.match(refused('ERR_NET_TAP_PERMISSION', { tap: 'theirs' }), /may not open the tap theirs/)
       assert.match(refused('ERR_NET_TAP_PERMISSION', { switch: 's', uplink: 'tap0' }), /^--uplink: /)

@@ -131,7 +131,7 @@ const noNetwork: NetworkHost = {
   link: () => ({ index: 1, up: true, mtu: 1500, mac: new Uint8Array(6), bridge: true, master: 1 }),
   setLinkUp: succeed,
   setLinkMtu: succeed,
-  setLinkAddress: succeed,
+  discardPackets: succeed,
   addToBridge: succeed,
   writePacket: succeed,
 }
