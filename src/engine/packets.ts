@@ -78,6 +78,13 @@ export class FdPacketSender implements PacketSender {
     if (this.count === this.#packets.length || most > MAX_VECTORS || vectors.count + most > VECTORS) return false
     const before = vectors.count
     vectors.add(header.address + headerAt, headerLength)
+    // The usual packet lies in one piece.
+    if (chain.readableCount === 1 && start < chain.length[0]!) {
+      // SAFETY: as in `addSegments`.
+      vectors.add(chain.first.hva + chain.offset[0]! + start, chain.length[0]! - start)
+      this.#packets[this.count++] = 2
+      return true
+    }
     vectors.addSegments(chain, 0, chain.readableCount, start)
     this.#packets[this.count++] = vectors.count - before
     return true
