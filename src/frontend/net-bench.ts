@@ -267,8 +267,11 @@ export function formatNetBench(result: NetBenchResult): string {
       `${result.seconds.toFixed(1)} s, back-end ${result.backend}`,
     `  packets/s  ${whole(result.packetsPerSecond)}   ${result.gbitPerSecond.toFixed(2)} Gbit/s`,
     `  packets    ${counts.join('  ')}`,
-    `  per packet  ${result.kicksPerPacket.toFixed(3)} kicks  ${result.callsPerPacket.toFixed(3)} calls` +
-      (result.cpuPerPacket === undefined ? '' : `  ${result.cpuPerPacket.toFixed(3)} µs back-end CPU`),
+    // Without a packet there is nothing to divide by.
+    (result.received ?? result.sent) === 0
+      ? '  nothing came through: are both ends connected, and does something send or send back?'
+      : `  per packet  ${result.kicksPerPacket.toFixed(3)} kicks  ${result.callsPerPacket.toFixed(3)} calls` +
+        (result.cpuPerPacket === undefined ? '' : `  ${result.cpuPerPacket.toFixed(3)} µs back-end CPU`),
   ].join('\n')
 }
 

@@ -9,6 +9,7 @@ import { VIRTIO_F_EVENT_IDX } from '../virtio/constants.ts'
 import { VIRTIO_NET_F_MRG_RXBUF } from '../virtio/net.ts'
 import type { GuestBuffer } from './memory.ts'
 import { layouts } from './memory.ts'
+import { maxPairs } from './net.ts'
 import { headerSizeOf, receiveBufferSize } from './net-features.ts'
 import { encodeNetHeader, type NetHeader } from './net-frames.ts'
 import { PacketSink, PacketSource, sinkBytes, sourceBytes } from './net-load.ts'
@@ -67,8 +68,8 @@ export class Port implements Disposable {
     try {
       const { session } = this
       this.headerSize = headerSizeOf(session.features)
-      // For network devices GET_QUEUE_NUM counts pairs (so do QEMU and DPDK).
-      if (pairs > session.maxQueues) throw new RangeError(`queues: the back-end has ${session.maxQueues} queue pairs`)
+      const most = maxPairs(session)
+      if (pairs > most) throw new RangeError(`queues: the back-end has ${most} queue pair${most === 1 ? '' : 's'}`)
       const bufferSize = Math.max(receiveBufferSize(session.features), this.mergeable ? 0 : frameSize + this.headerSize)
       const ring = splitRingBytes(queueSize)
       const perPair =

@@ -422,12 +422,17 @@ export class NetDriver {
   }
 }
 
-/** Where the control queue is. The number of pairs is in the config space; without it GET_QUEUE_NUM says it. */
+/** Where the control queue is. */
 function controlIndex(session: Session): number {
-  if (!session.has(net.VIRTIO_NET_F_MQ)) return 2
+  return session.has(net.VIRTIO_NET_F_MQ) ? 2 * maxPairs(session) : 2
+}
+
+/** Queue pairs of the device: the config space says it; without one GET_QUEUE_NUM, which then counts pairs (DPDK). 1 without MQ. */
+export function maxPairs(session: Session): number {
+  if (!session.has(net.VIRTIO_NET_F_MQ)) return 1
   const bytes = session.hasProtocol(VHOST_USER_PROTOCOL_F_CONFIG)
     ? session.connection.getConfig(0, net.VIRTIO_NET_CONFIG_SIZE)
     : undefined
   const pairs = bytes === undefined ? undefined : decodeNetConfig(bytes, session.features).maxVirtqueuePairs
-  return 2 * (pairs ?? session.maxQueues)
+  return pairs ?? session.maxQueues
 }

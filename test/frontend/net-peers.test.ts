@@ -140,6 +140,7 @@ describe.each(wires)('between two sockets of $name', (wire: Wire) => {
     expect(result.gbitPerSecond * 1e9).toBeCloseTo(result.packetsPerSecond * result.frameSize * 8, -2)
     expect(result.mergeable).toBe(!('noMergeable' in options))
     expect(formatNetBench(result)).toMatch(/packets\/s .* Gbit\/s\n +packets +sent .* received .* lost/)
+    expect(formatNetBench({ ...result, received: 0 })).toMatch(/nothing came through/)
     if (options !== undefined && 'driver' in options) expect(result.eventIdx).toBe(!('noEventIdx' in options))
   })
 
