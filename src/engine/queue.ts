@@ -11,7 +11,8 @@ import type { Vring } from '../virtio/vring.ts'
 import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS, QueueCounters } from './counters.ts'
 import { Io } from './io.ts'
 import type { StartQueue } from './messages.ts'
-import { IORING_CQE_F_MORE, type IoRing, WRITE_PLAIN } from './ring.ts'
+import { CallWriter, KickPoll } from './notifications.ts'
+import type { IoRing } from './ring.ts'
 import { Watches } from './watches.ts'
 
 /** What a completion belongs to: the low byte of user_data's high word. */
@@ -23,10 +24,6 @@ export const OP_CANCEL_KICK = 4
 export const OP_CANCEL_CALL = 5
 export const OP_WATCH = 6
 export const OP_CANCEL_WATCH = 7
-
-const EAGAIN = -11
-const EALREADY = -114
-const ECANCELED = -125
 
 /**
  * Chains popped before others get their turn; also how much work one native call gets, so that the driver works on the
@@ -73,16 +70,8 @@ export class Queue implements QueueContext {
   #handler: QueueHandler | undefined
   #receiver: ReceiveHandler | undefined
   readonly #watches: Watches
-  #kickFd: number
-  #callFd: number
-  /** The multishot poll of the kick fd is in the ring. */
-  #kickArmed = false
-  #kickCancelled = false
-  /** A write to the call fd is in the ring: until it ends another one would say nothing new, unless `#callAgain`. */
-  #calling = false
-  #callAgain = false
-  /** The call fd is about to be exchanged: calls wait for the new one. */
-  #callsHeld = false
+  readonly #kick: KickPoll
+  readonly #call: CallWriter
   /**
    * The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a
    * former back-end left there.
@@ -114,11 +103,20 @@ export class Queue implements QueueContext {
     this.queueSize = start.vring.size
     this.features = start.features
     this.enabled = start.enabled
-    this.#kickFd = start.kickFd
-    this.#callFd = start.callFd
     this.kickless = start.kickFd < 0
+    const low = start.queue << 16
+    this.#kick = new KickPoll(owner.ring, start.kickFd, {
+      low,
+      operation: this.#tag(OP_KICK),
+      cancellation: this.#tag(OP_CANCEL_KICK),
+    })
+    this.#call = new CallWriter(owner.ring, start.callFd, owner.oneAddress, {
+      low,
+      operation: this.#tag(OP_CALL),
+      cancellation: this.#tag(OP_CANCEL_CALL),
+    })
     this.vring = new SplitRing(memory, start.vring)
-    this.#watches = new Watches(owner.ring, start.queue << 16, this.#tag(OP_WATCH), this.#tag(OP_CANCEL_WATCH))
+    this.#watches = new Watches(owner.ring, low, this.#tag(OP_WATCH), this.#tag(OP_CANCEL_WATCH))
     this.io = new Io(owner.ring, start.queue, OP_DEVICE, this.#watches)
   }
 
@@ -133,7 +131,7 @@ export class Queue implements QueueContext {
       this.#handler = handler
       this.#batches = handler.handleBatch !== undefined
     }
-    this.#armKick()
+    this.#kick.arm()
   }
 
   /** Chains may be popped for their purpose. */
@@ -155,7 +153,7 @@ export class Queue implements QueueContext {
 
   /** Nothing of this queue is with the kernel or the device. */
   get atRest(): boolean {
-    return this.drained && !this.#calling && !(this.stopping && (this.#kickArmed || this.#watches.armed))
+    return this.drained && !this.calling && !(this.stopping && (this.#kick.armed || this.#watches.armed))
   }
 
   /** No chain is in flight; after a failure of the device, which may have lost chains, no I/O is. */
@@ -165,7 +163,7 @@ export class Queue implements QueueContext {
 
   /** The call fd is in use by the kernel. */
   get calling(): boolean {
-    return this.#calling
+    return this.#call.calling
   }
 
   /** Pops and handles up to a batch of chains. Returns how many. */
@@ -270,15 +268,7 @@ export class Queue implements QueueContext {
 
   /** Wakes the driver, in the next submission. */
   call(): void {
-    if (this.#callFd < 0) return
-    if (this.#calling || this.#callsHeld) {
-      this.#callAgain = true
-      return
-    }
-    this.#calling = true
-    this.#counters.add(CALLS, 1)
-    const owner = this.#owner
-    owner.ring.write(this.#callFd, -1, -1, owner.oneAddress, 8, WRITE_PLAIN, this.id << 16, this.#tag(OP_CALL))
+    if (this.#call.call()) this.#counters.add(CALLS, 1)
   }
 
   /** Before a sleep: asks for kicks. Returns true when chains are waiting already, or a receiver isn't through. */
@@ -303,30 +293,25 @@ export class Queue implements QueueContext {
           this.#fail(error)
         }
         return
-      case OP_KICK:
+      case OP_KICK: {
         if (high >>> 8 !== this.#generation) return
-        if ((flags & IORING_CQE_F_MORE) === 0) this.#kickEnded(result)
-        else this.#counters.add(KICKS, 1)
+        const kick = this.#kick.completed(result, flags)
+        if (kick > 0) this.#counters.add(KICKS, 1)
+        else if (kick < 0) this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${kick})`))
         return
-      case OP_CALL:
+      }
+      case OP_CALL: {
         if (high >>> 8 !== this.#generation) return
-        this.#calling = false
-        // A full counter is as good as a call: the driver has one to take. Anything else means that nobody hears us.
-        if (result < 0 && result !== EAGAIN && result !== ECANCELED)
-          return this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${result})`))
-        if (this.#callAgain && !this.#callsHeld && !this.stopping) {
-          this.#callAgain = false
-          this.call()
-        }
+        const due = this.#call.completed(result)
+        if (due > 0) this.call()
+        else if (due < 0) this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${due})`))
         return
+      }
       case OP_CANCEL_KICK:
-        // -ENOENT: the poll ended by itself, its completion tells. -EALREADY: it was busy, so again.
-        if (result !== EALREADY || high >>> 8 !== this.#generation || !this.#kickArmed) return
-        this.#kickCancelled = false
-        this.#cancelKick()
+        if (high >>> 8 === this.#generation) this.#kick.cancelled(result)
         return
       case OP_CANCEL_CALL:
-        if (result === EALREADY && high >>> 8 === this.#generation) this.#cancelCall()
+        if (high >>> 8 === this.#generation) this.#call.cancelled(result)
         return
       case OP_WATCH: {
         if (high >>> 8 !== this.#generation) return
@@ -355,15 +340,13 @@ export class Queue implements QueueContext {
    * to the old fd.
    */
   setCall(fd: number): void {
-    this.#callFd = fd
-    this.#callsHeld = false
+    this.#call.exchange(fd)
     this.call()
   }
 
   /** Before `setCall`: no more writes to the present call fd, so that it comes to rest. */
   holdCalls(): void {
-    this.#callsHeld = true
-    this.#cancelCall()
+    this.#call.hold()
   }
 
   /** Stops popping for good; `atRest` tells when the rest is done. */
@@ -372,8 +355,8 @@ export class Queue implements QueueContext {
     this.stopping = true
     this.#settle()
     this.#watches.end()
-    this.#cancelKick()
-    this.#cancelCall()
+    this.#kick.stop()
+    this.#call.stop()
   }
 
   setEnabled(enabled: boolean): void {
@@ -401,11 +384,8 @@ export class Queue implements QueueContext {
 
   /** Listens on another kick fd. */
   setKick(fd: number): void {
-    this.#kickFd = fd
     this.kickless = fd < 0
-    // The old poll has to end before the new one starts; #kickEnded goes on from there.
-    if (this.#kickArmed) this.#cancelKick()
-    else this.#armKick()
+    this.#kick.exchange(fd)
   }
 
   close(): void {
@@ -426,37 +406,6 @@ export class Queue implements QueueContext {
     } catch (error) {
       this.#fail(error)
     }
-  }
-
-  #armKick(): void {
-    if (this.#kickFd < 0 || this.stopping) return
-    this.#kickArmed = true
-    this.#kickCancelled = false
-    this.#owner.ring.pollAdd(this.#kickFd, this.id << 16, this.#tag(OP_KICK))
-  }
-
-  /**
-   * A front-end that made its call fd blocking and filled it up keeps a write waiting, and with it whoever waits for
-   * the ring. The driver loses nothing: it has not read the calls that are there.
-   */
-  #cancelCall(): void {
-    if (!this.#calling) return
-    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_CALL), this.id << 16, this.#tag(OP_CANCEL_CALL))
-  }
-
-  #cancelKick(): void {
-    if (!this.#kickArmed || this.#kickCancelled) return
-    this.#kickCancelled = true
-    this.#owner.ring.cancel(this.id << 16, this.#tag(OP_KICK), this.id << 16, this.#tag(OP_CANCEL_KICK))
-  }
-
-  #kickEnded(result: number): void {
-    this.#kickArmed = false
-    if (this.stopping) return
-    // A multishot poll also ends when the kernel ran out of memory for a completion: start it again. An error is the
-    // fd's.
-    if (result >= 0 || this.#kickCancelled) this.#armKick()
-    else this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${result})`))
   }
 
   #settle(): void {
