@@ -212,17 +212,22 @@ export class Receiver {
     this.#used += count
     this.#packets++
     this.#bytes += length
-    if (header.gsoType !== 0) this.#counters.add(SEGMENTED, 1)
-    else if ((header.flags & net.VIRTIO_NET_HDR_F_NEEDS_CSUM) !== 0) this.#counters.add(PARTIAL_CHECKSUMS, 1)
+    if ((header.flags | header.gsoType) !== 0)
+      this.#counters.add(header.gsoType !== 0 ? SEGMENTED : PARTIAL_CHECKSUMS, 1)
   }
 }
 
 /** Writes the header at the start of a chain's device-writable part. */
 function writeHeader(chain: Chain, header: PacketHeader, buffers: number, size: number): void {
-  const gsoType = header.gsoType | (header.ecn !== 0 ? net.VIRTIO_NET_HDR_GSO_ECN : 0)
-  const word0 = header.flags | (gsoType << 8) | (header.hdrLen << 16)
-  const word1 = header.gsoSize | (header.csumStart << 16)
-  const word2 = header.csumOffset | (buffers << 16)
+  let word0 = 0
+  let word1 = 0
+  let word2 = buffers << 16
+  if ((header.flags | header.gsoType) !== 0) {
+    const gsoType = header.gsoType | (header.ecn !== 0 ? net.VIRTIO_NET_HDR_GSO_ECN : 0)
+    word0 = header.flags | (gsoType << 8) | (header.hdrLen << 16)
+    word1 = header.gsoSize | (header.csumStart << 16)
+    word2 |= header.csumOffset
+  }
   const offset = chain.offset[0]!
   if (chain.readableCount === 0 && chain.length[0]! >= size && (offset & 3) === 0 && size === net.VIRTIO_NET_HDR_SIZE) {
     const { words } = chain.first

@@ -8,7 +8,7 @@ import * as net from '../../src/device/virtio-net.ts'
 import { BACKLOG_BYTES, Backlog } from './backlog.ts'
 import type { CaptureWriter } from './capture.ts'
 import { PacketHeader } from './header.ts'
-import { NO_CHAINS, Receiver } from './receiver.ts'
+import { DELIVERED, NO_CHAINS, Receiver } from './receiver.ts'
 import {
   DROP_DISABLED,
   DROP_NO_BUFFERS,
@@ -92,8 +92,8 @@ export class SwitchReceive implements ReceiveHandler {
     if (!this.#takes(header)) return this.#convert(header, this.#hub.converter.chain(chain, start, length), 0, length)
     if (this.#backlog.empty) {
       const result = this.#receiver.deliverChain(header, chain, start, length)
-      this.#touch()
-      if (result !== NO_CHAINS) return result === 0
+      if (!this.#dirty) this.#touch()
+      if (result !== NO_CHAINS) return result === DELIVERED
     }
     return this.#queued(this.#backlog.addChain(header, chain, start, length))
   }
@@ -199,8 +199,8 @@ export class SwitchReceive implements ReceiveHandler {
   #deliver(header: PacketHeader, buffer: IoBuffer, start: number, length: number): boolean {
     if (this.#backlog.empty) {
       const result = this.#receiver.deliverBuffer(header, buffer, start, length)
-      this.#touch()
-      if (result !== NO_CHAINS) return result === 0
+      if (!this.#dirty) this.#touch()
+      if (result !== NO_CHAINS) return result === DELIVERED
     }
     return this.#queued(this.#backlog.addBytes(header, buffer.bytes, start, length))
   }
@@ -215,7 +215,7 @@ export class SwitchReceive implements ReceiveHandler {
   }
 
   #touch(): void {
-    if (this.#dirty || !this.#receiver.dirty) return
+    if (!this.#receiver.dirty) return
     this.#dirty = true
     this.#hub.dirty(this)
   }

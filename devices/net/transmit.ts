@@ -69,8 +69,8 @@ export class Transmitter implements QueueHandler {
     const length = chain.readable - start
     this.#packets++
     this.#bytes += length
-    if (header.gsoType !== 0) this.#counters.add(SEGMENTED, 1)
-    else if (header.flags !== 0) this.#counters.add(PARTIAL_CHECKSUMS, 1)
+    if ((header.flags | header.gsoType) !== 0)
+      this.#counters.add(header.gsoType !== 0 ? SEGMENTED : PARTIAL_CHECKSUMS, 1)
     this.#capture?.fromReadable(chain, start, length, true)
     this.#link.send(header, chain, start, length)
   }
