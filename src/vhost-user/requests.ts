@@ -61,7 +61,7 @@ export const REQUESTS: Readonly<Record<number, RequestRow>> = {
   [wire.VHOST_USER_SET_PROTOCOL_FEATURES]: effect(8, (session, payload) =>
     session.setProtocolFeatures(payload.getBigUint64(0, true))
   ),
-  // Queues, as the spec, crosvm and cloud-hypervisor have it. QEMU and DPDK compare it with pairs of a network card: more than the
+  // Queues, as crosvm takes it, which asks the device. QEMU and DPDK compare it with pairs of a network card: more than the
   // device has pass that, and are refused at the first ring that isn't there.
   [wire.VHOST_USER_GET_QUEUE_NUM]: query(
     0,
