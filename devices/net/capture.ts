@@ -83,13 +83,6 @@ export class CaptureWriter {
     this.commit()
   }
 
-  /** Captures a packet: bytes [start, start + length) of a chain's device-writable part. */
-  fromWritable(chain: Chain, start: number, length: number, outbound: boolean): void {
-    if (this.begin(length, length, outbound, performance.now()) < 0) return
-    this.addWritable(chain, start, length)
-    this.commit()
-  }
-
   /** Captures a packet: bytes [start, start + length) of a buffer. */
   fromBytes(bytes: Uint8Array, start: number, length: number, outbound: boolean): void {
     if (this.begin(length, length, outbound, performance.now()) < 0) return

@@ -52,7 +52,9 @@ describe('the ring', () => {
     }
     const { writer, reader } = ring(4096)
     writer.fromReadable(chain, 12, 198, true)
-    writer.fromWritable(chain, 12, 150, false)
+    expect(writer.begin(150, 150, false, performance.now())).toBeGreaterThanOrEqual(0)
+    writer.addWritable(chain, 12, 150)
+    writer.commit()
     writer.fromBytes(content, 3, 5, false)
     expect(writer.begin(130, 130, false, 0)).toBeGreaterThanOrEqual(0)
     writer.addWritable(chain, 20, 100)
