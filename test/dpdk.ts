@@ -1,5 +1,5 @@
 /**
- * dpdk-testpmd (Debian package dpdk) as a peer for tests and benches: as a vhost-user-net back-end (its `net_vhost` ports)
+ * dpdk-testpmd (Debian package dpdk-dev) as a peer for tests and benches: as a vhost-user-net back-end (its `net_vhost` ports)
  * or as an independent front-end (its virtio-user port). It owns the process and its sockets' directory; output goes to a
  * file, since a pipe that nobody empties would block it. Knows nothing of virtiod.
  *

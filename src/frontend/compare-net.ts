@@ -93,7 +93,7 @@ export async function compareNet(options: NetCompareOptions): Promise<NetCompare
   const skipped: string[] = []
   const rivals = [virtiodNetRival(options.built)]
   if (await commandExists('dpdk-testpmd')) rivals.push(testpmdRival())
-  else skipped.push('DPDK: dpdk-testpmd is missing. Install it: apt-get install dpdk')
+  else skipped.push('DPDK: dpdk-testpmd is missing. Install it: apt-get install dpdk-dev')
   const wanted = chosen(NET_CASES, options.cases)
   const noTap = wanted.some((one) => one.link === 'tap') ? whyNoNamespace() : undefined
   if (noTap !== undefined) skipped.push(`the cases on a tap: ${noTap}`)
