@@ -1,12 +1,12 @@
 /**
- * A descriptor chain after validation: numbers, no views. Chains are pooled by head index, so one in flight is found
- * again by its head, and popping allocates nothing. Pure; it must not know rings or devices.
+ * A descriptor chain after validation: numbers, no views. Chains are pooled by head index (packed rings: buffer id), so
+ * one in flight is found again by its head, and popping allocates nothing. Pure; it must not know rings or devices.
  *
  * Segments [0, readableCount) are device-readable, the rest device-writable; each lies inside one memory region.
  * Positions in the accessors are byte positions in the readable or the writable part: framing is the driver's
  * business (virtio 1.3 §2.7.4.1).
  */
-import { type GuestMemory, MemoryRegion } from './memory.ts'
+import { type GuestMemory, IOTLB_READ, IOTLB_WRITE, MemoryRegion } from './memory.ts'
 
 /** Segments that a chain has room for before its arrays grow. */
 const INITIAL_SEGMENTS = 4
@@ -14,7 +14,7 @@ const INITIAL_SEGMENTS = 4
 const NO_REGION = new MemoryRegion({ gpa: 0, size: 0, hva: 0, buffer: new ArrayBuffer(0) })
 
 export class Chain {
-  /** Index of the first descriptor; identifies the chain while it is in flight. */
+  /** Index of the first descriptor, or of a packed ring the buffer id; identifies the chain while it is in flight. */
   readonly head: number
   /** Segments in all, and how many of them are device-readable. */
   count = 0
@@ -54,14 +54,15 @@ export class Chain {
   }
 
   /**
-   * Makes it a chain of one buffer. Returns false, having changed nothing, when that is not in one region of `memory`: the usual
-   * case of `begin` and `append` in fewer steps.
+   * Makes it a chain of one buffer. Returns false, having changed nothing, when that is not in one region of `memory`:
+   * the usual case of `begin` and `append` in fewer steps.
    */
   single(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
     const index = memory.find(gpa)
     if (index < 0) return false
     const region = memory.regions[index]!
     if (length === 0 || length > region.end - gpa) return false
+    if ((region.access & (writable ? IOTLB_WRITE : IOTLB_READ)) === 0) return false
     this.regions = memory.regions
     this.first = region
     this.region[0] = index
@@ -76,15 +77,18 @@ export class Chain {
 
   /**
    * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false
-   * when part of it is outside `memory`. The caller adds readable buffers before writable ones.
+   * when part of it is outside `memory` or may not be used in that direction. The caller adds readable buffers before
+   * writable ones.
    */
   append(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
+    const access = writable ? IOTLB_WRITE : IOTLB_READ
     let at = gpa
     let left = length
     while (left > 0) {
       const index = memory.find(at)
       if (index < 0) return false
       const region = memory.regions[index]!
+      if ((region.access & access) === 0) return false
       const take = Math.min(left, region.end - at)
       const segment = this.count
       if (segment === 0) this.first = region

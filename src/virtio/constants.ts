@@ -12,10 +12,23 @@ export const VIRTQ_DESC_F_INDIRECT = 4
 export const VIRTQ_AVAIL_F_NO_INTERRUPT = 1
 export const VIRTQ_USED_F_NO_NOTIFY = 1
 
-/** Bytes of one descriptor (u64 addr, u32 len, u16 flags, u16 next). */
+/**
+ * Bytes of one descriptor. Split: u64 addr, u32 len, u16 flags, u16 next. Packed: u64 addr, u32 len, u16 id, u16 flags.
+ */
 export const VIRTQ_DESC_SIZE = 16
-/** The largest split ring (virtio 1.3 §2.7). */
+/** The largest ring, split (virtio 1.3 §2.7) or packed (§2.8). */
 export const VIRTQ_MAX_SIZE = 32768
+
+// virtio 1.3 §2.8.1 "Driver and Device Ring Wrap Counters"
+export const VIRTQ_DESC_F_AVAIL = 1 << 7
+export const VIRTQ_DESC_F_USED = 1 << 15
+
+// virtio 1.3 §2.8.10 "Driver and Device Event Suppression"
+export const RING_EVENT_FLAGS_ENABLE = 0
+export const RING_EVENT_FLAGS_DISABLE = 1
+export const RING_EVENT_FLAGS_DESC = 2
+/** Bytes of an event suppression structure (u16 offset and wrap counter, u16 flags). */
+export const VIRTQ_EVENT_SUPPRESS_SIZE = 4
 
 // virtio 1.3 §6 "Reserved Feature Bits"
 export const VIRTIO_F_NOTIFY_ON_EMPTY = 24
@@ -31,6 +44,14 @@ export const VIRTIO_F_SR_IOV = 37
 export const VIRTIO_F_NOTIFICATION_DATA = 38
 export const VIRTIO_F_NOTIF_CONFIG_DATA = 39
 export const VIRTIO_F_RING_RESET = 40
+
+// virtio 1.3 §2.1 "Device Status Field"
+export const VIRTIO_CONFIG_S_ACKNOWLEDGE = 1
+export const VIRTIO_CONFIG_S_DRIVER = 2
+export const VIRTIO_CONFIG_S_DRIVER_OK = 4
+export const VIRTIO_CONFIG_S_FEATURES_OK = 8
+export const VIRTIO_CONFIG_S_NEEDS_RESET = 64
+export const VIRTIO_CONFIG_S_FAILED = 128
 
 // virtio 1.3 §5 device ids
 export const VIRTIO_ID_NET = 1

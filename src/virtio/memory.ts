@@ -3,24 +3,40 @@
  * SharedArrayBuffers. Pure: runs on any buffer. It must not know who mapped the memory or who releases it.
  */
 
+// What an IOTLB entry allows the device (vhost-user.rst "An IOTLB message").
+export const IOTLB_READ = 1
+export const IOTLB_WRITE = 2
+
 /** One region, in a form that can be posted to an iothread. */
 export interface RegionDescription {
-  /** Guest-physical address of byte 0, a multiple of 4096; gpa + size ≤ 2^53. */
+  /**
+   * The address of byte 0 in descriptors, a multiple of 4096; gpa + size ≤ 2^53. Guest-physical, or behind a vIOMMU an IOVA.
+   */
   readonly gpa: number
   /** Bytes, a multiple of 4096. */
   readonly size: number
   /** Address of byte 0 in this process, for entries that the kernel reads. */
   readonly hva: number
   readonly buffer: SharedArrayBuffer | ArrayBuffer
+  /** Where byte 0 is in `buffer`, a multiple of 4; default 0. */
+  readonly offset?: number
+  /** Guest-physical address of byte 0, for the dirty log; default `gpa`. */
+  readonly physical?: number
+  /** IOTLB_READ, IOTLB_WRITE or both, the default. */
+  readonly access?: number
 }
 
 export class MemoryRegion {
   readonly gpa: number
-  /** First GPA behind the region. */
+  /** First address behind the region. */
   readonly end: number
   readonly size: number
   readonly hva: number
   readonly buffer: SharedArrayBuffer | ArrayBuffer
+  /** Where the region starts in `buffer`. */
+  readonly start: number
+  readonly physical: number
+  readonly access: number
   readonly bytes: Uint8Array
   /** The same bytes as little-endian words; regions start and end on pages, so the word index is offset / 4. */
   readonly words: Uint32Array
@@ -31,8 +47,11 @@ export class MemoryRegion {
     this.size = description.size
     this.hva = description.hva
     this.buffer = description.buffer
-    this.bytes = new Uint8Array(description.buffer, 0, description.size)
-    this.words = new Uint32Array(description.buffer, 0, Math.floor(description.size / 4))
+    this.start = description.offset ?? 0
+    this.physical = description.physical ?? description.gpa
+    this.access = description.access ?? IOTLB_READ | IOTLB_WRITE
+    this.bytes = new Uint8Array(description.buffer, this.start, description.size)
+    this.words = new Uint32Array(description.buffer, this.start, Math.floor(description.size / 4))
   }
 }
 
@@ -40,11 +59,20 @@ export class MemoryRegion {
 export class GuestMemory {
   /** Ascending by GPA. */
   readonly regions: readonly MemoryRegion[]
+  /**
+   * The addresses are IOVAs, the regions what the IOTLB has of them: an address without a region is a miss to ask the front-end
+   * about, not an error of the driver, and a region may allow only one direction.
+   */
+  readonly translated: boolean
   // Drivers touch one region for long stretches, so the last hit is tried before the search.
   #last = 0
 
-  constructor(regions: readonly RegionDescription[]) {
-    this.regions = regions.map((region) => new MemoryRegion(region)).sort((a, b) => a.gpa - b.gpa)
+  /** @param regions a {@link MemoryRegion} is taken as it is: an IOTLB with thousands of entries changes one of them at a time */
+  constructor(regions: readonly (RegionDescription | MemoryRegion)[], translated = false) {
+    this.translated = translated
+    this.regions = regions
+      .map((region) => (region instanceof MemoryRegion ? region : new MemoryRegion(region)))
+      .sort((a, b) => a.gpa - b.gpa)
   }
 
   /** The index of the region that contains `gpa`, or -1. */

@@ -3,19 +3,20 @@
  * into a local and then checked. A violated rule sets `error` and ends this ring; it never throws and never touches
  * memory outside the regions.
  */
-import { Chain } from './chain.ts'
+import type { Chain } from './chain.ts'
 import {
   VIRTQ_AVAIL_F_NO_INTERRUPT,
   VIRTQ_DESC_F_INDIRECT,
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
   VIRTQ_DESC_SIZE,
-  VIRTQ_MAX_SIZE,
   VIRTQ_USED_F_NO_NOTIFY,
 } from './constants.ts'
-import { RING_ERRORS, RingError, type RingErrorCode } from './errors.ts'
-import type { GuestMemory, MemoryRegion } from './memory.ts'
-import type { Vring, VringConfig } from './vring.ts'
+import { InflightError, type SplitInflight } from './inflight.ts'
+import { type GuestMemory, IOTLB_READ, IOTLB_WRITE } from './memory.ts'
+import { RecoveredChains } from './recovered.ts'
+import { RingBase } from './ring-base.ts'
+import type { VringConfig } from './vring.ts'
 
 /**
  * Bytes of the three parts, with the event words when EVENT_IDX was negotiated (virtio 1.3 §2.7, "Queue Size" table).
@@ -28,22 +29,18 @@ export function splitRingSizes(
   return { descriptor: VIRTQ_DESC_SIZE * size, driver: 4 + 2 * size + event, device: 4 + 8 * size + event }
 }
 
-export class SplitRing implements Vring {
-  readonly size: number
-  error: RingError | undefined
-  readonly #config: VringConfig
+export class SplitRing extends RingBase {
   readonly #mask: number
   readonly #eventIdx: boolean
   readonly #indirect: boolean
-  readonly #chains: (Chain | undefined)[]
-  #memory: GuestMemory
+  readonly #inflight: SplitInflight | undefined
   // The descriptor table as words: 4 per descriptor: addr low, addr high, len, flags | next << 16.
-  #descriptors: Uint32Array
+  #descriptors: Uint32Array = new Uint32Array(0)
   // The avail ring: [0] flags, [1] idx, [2 + i] ring, [2 + size] used_event.
-  #avail: Uint16Array
+  #avail: Uint16Array = new Uint16Array(0)
   // The used ring: as u16 [0] flags, [1] idx, [2 + 4 * size] avail_event; as u32 [1 + 2 * i] id, [2 + 2 * i] len.
-  #used16: Uint16Array
-  #used32: Uint32Array
+  #used16: Uint16Array = new Uint16Array(0)
+  #used32: Uint32Array = new Uint32Array(0)
   /** The next avail entry that we will pop, free-running u16. */
   #lastAvail: number
   /** avail.idx when we last read it. */
@@ -56,103 +53,108 @@ export class SplitRing implements Vring {
    * stale.
    */
   #signalled = false
+  #heads: readonly number[] = []
 
-  constructor(memory: GuestMemory, config: VringConfig) {
-    this.#config = config
-    this.size = config.size
+  constructor(memory: GuestMemory, config: VringConfig, inflight?: SplitInflight) {
+    super(memory, config)
     this.#mask = config.size - 1
     this.#eventIdx = config.eventIdx
     this.#indirect = config.indirect
-    // Filled with undefined, not holes: the elements stay PACKED.
-    this.#chains = new Array<Chain | undefined>(config.size).fill(undefined)
+    this.#inflight = inflight
     this.#lastAvail = config.base & 0xffff
     this.#seenAvail = this.#lastAvail
-    this.#memory = memory
-    this.#descriptors = new Uint32Array(0)
-    this.#avail = new Uint16Array(0)
-    this.#used16 = new Uint16Array(0)
-    this.#used32 = new Uint32Array(0)
     this.setMemory(memory)
-    if (this.error === undefined) {
-      this.#usedIdx = this.#used16[1]!
-      this.#publishedIdx = this.#usedIdx
-    }
   }
 
   get base(): number {
     return this.#lastAvail
   }
 
-  setMemory(memory: GuestMemory): void {
-    const { size, descriptor, driver, device } = this.#config
+  protected locate(): boolean {
+    const { descriptor, driver, device } = this.config
+    const { size } = this
     const bytes = splitRingSizes(size, this.#eventIdx)
-    const descriptorRegion = memory.contiguous(descriptor, bytes.descriptor)
-    const driverRegion = memory.contiguous(driver, bytes.driver)
-    const deviceRegion = memory.contiguous(device, bytes.device)
-    this.#memory = memory
-    if (descriptorRegion === undefined || driverRegion === undefined || deviceRegion === undefined) {
-      this.#fail('ERR_RING_MEMORY')
-      return
-    }
-    const at = (region: MemoryRegion, gpa: number) => gpa - region.gpa
-    this.#descriptors = new Uint32Array(descriptorRegion.buffer, at(descriptorRegion, descriptor), size * 4)
-    this.#avail = new Uint16Array(driverRegion.buffer, at(driverRegion, driver), bytes.driver / 2)
-    this.#used16 = new Uint16Array(deviceRegion.buffer, at(deviceRegion, device), bytes.device / 2)
-    this.#used32 = new Uint32Array(deviceRegion.buffer, at(deviceRegion, device), 1 + size * 2)
+    const table = this.area(descriptor, bytes.descriptor, IOTLB_READ)
+    if (table === undefined) return false
+    const avail = this.area(driver, bytes.driver, IOTLB_READ)
+    if (avail === undefined) return false
+    // used.idx is read when the ring starts.
+    const used = this.area(device, bytes.device, IOTLB_READ | IOTLB_WRITE)
+    if (used === undefined) return false
+    const usedAt = used.start + device - used.gpa
+    this.#descriptors = new Uint32Array(table.buffer, table.start + descriptor - table.gpa, size * 4)
+    this.#avail = new Uint16Array(avail.buffer, avail.start + driver - avail.gpa, bytes.driver / 2)
+    this.#used16 = new Uint16Array(used.buffer, usedAt, bytes.device / 2)
+    this.#used32 = new Uint32Array(used.buffer, usedAt, 1 + size * 2)
+    return true
+  }
+
+  protected start(): void {
+    this.#usedIdx = this.#used16[1]!
+    this.#publishedIdx = this.#usedIdx
+    if (this.#inflight === undefined) return
+    this.#heads = this.#inflight.recover(this.#usedIdx)
+    if (this.#inflight.fresh) return
+    // More than the driver has made available: the marks are of a ring in another life.
+    if (this.#heads.length > ((this.#avail[1]! - this.#usedIdx) & 0xffff))
+      throw new InflightError('more chains are in flight than the driver made available')
+    // What was popped and not used: a base that was told after a crash is that of the last orderly stop.
+    this.#lastAvail = (this.#usedIdx + this.#heads.length) & 0xffff
+    this.#seenAvail = this.#lastAvail
+    if (this.#heads.length > 0) this.recovered = new RecoveredChains(this.#heads)
   }
 
   hasAvail(): boolean {
-    if (this.error !== undefined) return false
+    if (this.blocked) return false
+    if (this.recovered?.waiting === true) return true
     // ORDER: acquire, pairs with the driver's release of avail.idx (virtio 1.3 §2.7.13.3).
     return this.#lastAvail !== this.#seenAvail || Atomics.load(this.#avail, 1) !== this.#lastAvail
   }
 
-  chain(head: number): Chain {
-    const chain = this.#chains[head]
-    if (chain !== undefined) return chain
-    const created = new Chain(head)
-    this.#chains[head] = created
-    return created
+  pop(): Chain | undefined {
+    if (this.blocked) return undefined
+    if (this.recovered?.waiting === true) return this.#popRecovered(this.recovered)
+    if (this.#lastAvail === this.#seenAvail && !this.#look()) return undefined
+    const chain = this.#take(this.#avail[2 + (this.#lastAvail & this.#mask)]!)
+    if (chain === undefined) return undefined
+    this.#lastAvail = (this.#lastAvail + 1) & 0xffff
+    if (this.#inflight !== undefined) this.#inflight.popped(chain.head)
+    return chain
   }
 
-  pop(): Chain | undefined {
-    if (this.error !== undefined) return undefined
-    if (this.#lastAvail === this.#seenAvail) {
-      // ORDER: acquire, pairs with the driver's release of avail.idx: entries and descriptors up to it are written.
-      const seen = Atomics.load(this.#avail, 1)
-      if (seen === this.#lastAvail) return undefined
-      // Both are free-running u16: a comparison with `>` would lose chains at the wrap.
-      if (((seen - this.#lastAvail) & 0xffff) > this.size) {
-        this.#fail('ERR_RING_INDEX')
-        return undefined
-      }
-      this.#seenAvail = seen
-    }
-    const chain = this.#take(this.#avail[2 + (this.#lastAvail & this.#mask)]!)
-    if (chain !== undefined) this.#lastAvail = (this.#lastAvail + 1) & 0xffff
+  /** Reads avail.idx. Returns false when nothing is new, or the ring broke. Not in `pop`: a small one is inlined. */
+  #look(): boolean {
+    // ORDER: acquire, pairs with the driver's release of avail.idx: entries and descriptors up to it are written.
+    const seen = Atomics.load(this.#avail, 1)
+    if (seen === this.#lastAvail) return false
+    // Both are free-running u16: a comparison with `>` would lose chains at the wrap.
+    if (((seen - this.#lastAvail) & 0xffff) > this.size) return this.fail('ERR_RING_INDEX')
+    this.#seenAvail = seen
+    return true
+  }
+
+  /** One that is marked as in flight already, and whose place in the avail ring is passed. */
+  #popRecovered(recovered: RecoveredChains): Chain | undefined {
+    const chain = this.#take(this.#heads[recovered.position]!)
+    if (chain !== undefined) recovered.take()
     return chain
   }
 
   unpop(chain: Chain): void {
-    chain.inFlight = false
+    this.disclaim(chain)
+    if (this.recovered?.putBack(chain.head) === true) return
+    if (this.#inflight !== undefined) this.#inflight.unpopped(chain.head)
     this.#lastAvail = (this.#lastAvail - 1) & 0xffff
   }
 
   #take(head: number): Chain | undefined {
-    if (head >= this.size) {
-      this.#fail('ERR_RING_HEAD')
-      return undefined
-    }
-    const chain = this.chain(head)
-    if (chain.inFlight) {
-      this.#fail('ERR_RING_HEAD_BUSY')
-      return undefined
-    }
+    const chain = this.claim(head)
+    if (chain === undefined) return undefined
     if (!this.#takeSingle(chain, head)) {
-      chain.begin(this.#memory)
+      chain.begin(this.memory)
       if (!this.#walk(chain, head)) return undefined
     }
-    chain.inFlight = true
+    this.claimed(chain)
     return chain
   }
 
@@ -163,25 +165,29 @@ export class SplitRing implements Vring {
     const flags = table[word + 3]! & 0xffff
     if ((flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0) return false
     const gpa = table[word]! + table[word + 1]! * 0x1_0000_0000
-    return chain.single(this.#memory, gpa, table[word + 2]!, (flags & VIRTQ_DESC_F_WRITE) !== 0)
+    return chain.single(this.memory, gpa, table[word + 2]!, (flags & VIRTQ_DESC_F_WRITE) !== 0)
   }
 
-  push(chain: Chain, written: number): void {
-    chain.inFlight = false
-    const slot = 1 + (this.#usedIdx & this.#mask) * 2
-    this.#used32[slot] = chain.head
+  protected use(head: number, written: number): void {
+    const entry = this.#usedIdx & this.#mask
+    const slot = 1 + entry * 2
+    this.#used32[slot] = head
     this.#used32[slot + 1] = written
+    if (this.log !== undefined) this.#mark(4 + entry * 8, 8)
+    if (this.#inflight !== undefined) this.#inflight.used(head)
     this.#usedIdx = (this.#usedIdx + 1) & 0xffff
   }
 
   publish(): boolean {
     const before = this.#publishedIdx
     const now = this.#usedIdx
-    if (before === now) return false
+    if (before === now || !this.mapped) return false
     this.#publishedIdx = now
     // ORDER: release for the used elements above it, and (seq_cst) before the load of used_event or flags below: the
     // driver writes used_event and then reads used.idx, so one of us sees the other (virtio 1.3 §2.7.8.2).
     Atomics.store(this.#used16, 1, now)
+    if (this.log !== undefined) this.#mark(2, 2)
+    if (this.#inflight !== undefined) this.#inflight.published(now)
     const first = !this.#signalled
     this.#signalled = true
     if (this.#eventIdx) {
@@ -192,27 +198,29 @@ export class SplitRing implements Vring {
     return (Atomics.load(this.#avail, 0) & VIRTQ_AVAIL_F_NO_INTERRUPT) === 0
   }
 
-  suppress(): void {
+  protected writeSuppress(): void {
     // With EVENT_IDX a stale avail_event suppresses by itself: it is passed once in 65536 chains.
-    if (!this.#eventIdx && this.error === undefined) this.#used16[0] = VIRTQ_USED_F_NO_NOTIFY
+    if (this.#eventIdx) return
+    this.#used16[0] = VIRTQ_USED_F_NO_NOTIFY
+    if (this.log !== undefined) this.#mark(0, 2)
   }
 
-  rearm(): boolean {
-    if (this.error !== undefined) return false
+  protected writeRearm(): void {
     // ORDER: seq_cst store, then the load of avail.idx: the driver stores avail.idx and then loads avail_event or
     // flags.
     if (this.#eventIdx) Atomics.store(this.#used16, 2 + 4 * this.size, this.#lastAvail)
     else Atomics.store(this.#used16, 0, 0)
-    return this.hasAvail()
+    if (this.log !== undefined) this.#mark(this.#eventIdx ? 4 + 8 * this.size : 0, 2)
   }
 
-  #fail(code: RingErrorCode): false {
-    this.error = new RingError(code, RING_ERRORS[code])
-    return false
+  /** Marks what was written to the used ring. */
+  #mark(offset: number, length: number): void {
+    if (this.logAddress >= 0) this.log!.mark(this.logAddress + offset, length)
   }
 
   /**
-   * Follows the chain from `head`, copying each descriptor once, into `chain`. Returns false when the ring is broken.
+   * Follows the chain from `head`, copying each descriptor once, into `chain`. Returns false when the ring is broken or
+   * a translation is missing.
    */
   #walk(chain: Chain, head: number): boolean {
     const table = this.#descriptors
@@ -228,48 +236,14 @@ export class SplitRing implements Vring {
       const gpa = low + high * 0x1_0000_0000
       if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
         // Zero or more plain descriptors and then one indirect; WRITE on it is ignored (virtio 1.3 §2.7.5.3.2).
-        if (!this.#indirect || (flags & VIRTQ_DESC_F_NEXT) !== 0) return this.#fail('ERR_RING_INDIRECT')
-        return this.#walkIndirect(chain, gpa, length)
+        if (!this.#indirect || (flags & VIRTQ_DESC_F_NEXT) !== 0) return this.fail('ERR_RING_INDIRECT')
+        return this.addTable(chain, gpa, length, true)
       }
-      if (!this.#add(chain, gpa, length, flags)) return false
+      if (!this.add(chain, gpa, length, flags)) return false
       if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true
       index = flagsAndNext >>> 16
-      if (index >= this.size) return this.#fail('ERR_RING_NEXT')
+      if (index >= this.size) return this.fail('ERR_RING_NEXT')
     }
-    return this.#fail('ERR_RING_LOOP')
-  }
-
-  #walkIndirect(chain: Chain, table: number, length: number): boolean {
-    const entries = length / VIRTQ_DESC_SIZE
-    if (length === 0 || length % VIRTQ_DESC_SIZE !== 0 || entries > VIRTQ_MAX_SIZE)
-      return this.#fail('ERR_RING_INDIRECT')
-    let index = 0
-    for (let walked = 0; walked < entries; walked++) {
-      const at = table + index * VIRTQ_DESC_SIZE
-      // One look-up per entry: a table may lie across adjacent regions.
-      const region = this.#memory.contiguous(at, VIRTQ_DESC_SIZE)
-      // Aligned entries are what drivers make; the spec demands 16 bytes of the main table only, so 4 is what we need.
-      if (region === undefined || at % 4 !== 0) return this.#fail('ERR_RING_INDIRECT')
-      const words = region.words
-      const word = (at - region.gpa) / 4
-      const low = words[word]!
-      const high = words[word + 1]!
-      const flagsAndNext = words[word + 3]!
-      const flags = flagsAndNext & 0xffff
-      if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) return this.#fail('ERR_RING_INDIRECT')
-      if (!this.#add(chain, low + high * 0x1_0000_0000, words[word + 2]!, flags)) return false
-      if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true
-      index = flagsAndNext >>> 16
-      if (index >= entries) return this.#fail('ERR_RING_NEXT')
-    }
-    return this.#fail('ERR_RING_LOOP')
-  }
-
-  #add(chain: Chain, gpa: number, length: number, flags: number): boolean {
-    const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0
-    if (!writable && chain.count > chain.readableCount) return this.#fail('ERR_RING_ORDER')
-    if (chain.readable + chain.writable + length > 0xffff_ffff) return this.#fail('ERR_RING_LENGTH')
-    if (!chain.append(this.#memory, gpa, length, writable)) return this.#fail('ERR_RING_ADDRESS')
-    return true
+    return this.fail('ERR_RING_LOOP')
   }
 }

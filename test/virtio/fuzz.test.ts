@@ -179,6 +179,8 @@ describe('fuzzing the split ring', () => {
         base,
         eventIdx,
         indirect: rnd(8) > 0,
+        packed: false,
+        inOrder: false,
       }
       const table = config.descriptor - REGIONS[where]!.gpa
       const avail = config.driver - REGIONS[where]!.gpa
@@ -232,7 +234,7 @@ describe('fuzzing the split ring', () => {
           const [first, taken] = [...inFlight][rnd(inFlight.size)]!
           inFlight.delete(first)
           const written = rnd(2 ** 32)
-          ring.push(taken, written)
+          ring.push(taken, written, written)
           pushed.push([first, written])
         }
         if (rnd(3) === 0) ring.publish()
@@ -286,6 +288,8 @@ describe('fuzzing the split ring', () => {
       base: 0,
       eventIdx: false,
       indirect: true,
+      packed: false,
+      inOrder: false,
     }
     // Flips single words of all descriptors, and of the table at 512 that some of them name, between good and hostile values.
     const hostile = `
@@ -327,7 +331,7 @@ describe('fuzzing the split ring', () => {
       }
       chains++
       checkChain(chain, memory, undefined)
-      ring.push(chain, 0)
+      ring.push(chain, 0, 0)
       ring.publish()
     }
     Atomics.store(flag, 0, 2)

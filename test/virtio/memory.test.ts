@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest'
-import { GuestMemory, MemoryRegion, type RegionDescription } from '../../src/virtio/memory.ts'
+import { GuestMemory, IOTLB_WRITE, MemoryRegion, type RegionDescription } from '../../src/virtio/memory.ts'
 
 const PAGE = 4096
 const region = (gpa: number, size: number, hva = 0): RegionDescription => ({
@@ -71,6 +71,24 @@ describe('GuestMemory', () => {
   })
 })
 
+describe('GuestMemory of regions that are there', () => {
+  test('takes them as they are, sorted, and makes only the others', () => {
+    const first = new MemoryRegion(region(4 * PAGE, PAGE))
+    const memory = new GuestMemory([first, region(0, PAGE)], true)
+    expect(memory.translated).toBe(true)
+    expect(memory.regions[1]).toBe(first)
+    expect(memory.regions[0]!.gpa).toBe(0)
+  })
+
+  test('keeps where they start in their buffer', () => {
+    const buffer = new SharedArrayBuffer(4 * PAGE)
+    const piece = new MemoryRegion({ gpa: 0, size: PAGE, hva: 0, buffer, offset: 2 * PAGE })
+    const [again] = new GuestMemory([piece]).regions
+    again!.bytes[3] = 9
+    expect(new Uint8Array(buffer)[2 * PAGE + 3]).toBe(9)
+  })
+})
+
 describe('GuestMemory.contiguous', () => {
   const memory = new GuestMemory([region(0, PAGE), region(PAGE, PAGE), region(3 * PAGE, PAGE)])
 
@@ -96,6 +114,12 @@ describe('GuestMemory.contiguous', () => {
 })
 
 describe('MemoryRegion', () => {
+  test('is readable and writable, and at its GPA in the log, unless it is said otherwise', () => {
+    expect(new MemoryRegion(region(7 * PAGE, PAGE))).toMatchObject({ start: 0, physical: 7 * PAGE, access: 3 })
+    const { physical, access } = new MemoryRegion({ ...region(7 * PAGE, PAGE), physical: PAGE, access: IOTLB_WRITE })
+    expect([physical, access]).toEqual([PAGE, 2])
+  })
+
   test('has exactly `size` bytes of a larger buffer', () => {
     const buffer = new SharedArrayBuffer(3 * PAGE)
     const { bytes, words, end } = new MemoryRegion({ gpa: 7 * PAGE, size: PAGE, hva: 1, buffer })

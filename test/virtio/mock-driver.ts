@@ -1,7 +1,9 @@
 /**
- * The driver side of a split virtqueue for tests, on the same buffer as the ring under test. It obeys no rule by itself: it
- * writes what a test says, right or wrong. Independent of src/frontend, so that one bug cannot hide in both ends.
+ * The driver side of a split virtqueue for tests, on the same buffer as the ring under test. It obeys no rule by
+ * itself: it writes what a test says, right or wrong. Independent of src/frontend, so that one bug cannot hide in both
+ * ends.
  */
+import type { SplitInflight } from '../../src/virtio/inflight.ts'
 import { GuestMemory, type RegionDescription } from '../../src/virtio/memory.ts'
 import { SplitRing } from '../../src/virtio/split-ring.ts'
 import type { VringConfig } from '../../src/virtio/vring.ts'
@@ -32,7 +34,9 @@ export interface RingLayout {
 
 const page = (length: number): number => Math.ceil(length / 4096) * 4096
 
-/** A ring of `size` entries from byte 0 of a buffer, each part on pages of its own; `end` is the first byte behind it. */
+/**
+ * A ring of `size` entries from byte 0 of a buffer, each part on pages of its own; `end` is the first byte behind it.
+ */
 export function ringLayout(size: number): RingLayout & { end: number } {
   const driver = page(16 * size)
   const device = driver + page(6 + 2 * size)
@@ -165,6 +169,8 @@ export interface RingSetup {
   readonly size?: number
   readonly eventIdx?: boolean
   readonly indirect?: boolean
+  readonly inOrder?: boolean
+  readonly inflight?: SplitInflight
   /** Where avail starts, and where used starts when it is not the same. */
   readonly base?: number
   readonly usedBase?: number
@@ -176,13 +182,14 @@ export interface RingSetup {
 
 /** A ring with its driver, over one buffer that starts at GPA 0; `data` is the GPA of the bytes behind the ring. */
 export function setup(options: RingSetup = {}) {
-  const { size = 8, eventIdx = false, indirect = true, base = 0, usedBase = base, data = 65536, regions = [] } = options
+  const { size = 8, eventIdx = false, indirect = true, inOrder = false } = options
+  const { base = 0, usedBase = base, data = 65536, regions = [], inflight } = options
   const layout = ringLayout(size)
   const buffer = new SharedArrayBuffer(layout.end + data)
   const driver = new MockDriver(buffer, layout, base, usedBase)
   const memory = new GuestMemory([{ gpa: 0, size: buffer.byteLength, hva: 0, buffer }, ...regions])
-  const config: VringConfig = { ...layout, base, eventIdx, indirect }
-  const ring = new SplitRing(memory, config)
+  const config: VringConfig = { ...layout, base, eventIdx, indirect, packed: false, inOrder }
+  const ring = new SplitRing(memory, config, inflight)
   const bytes = new Uint8Array(buffer)
   return { driver, memory, config, ring, layout, buffer, bytes, data: layout.end }
 }

@@ -377,9 +377,14 @@ describe('a broken rule', () => {
     }
   })
 
-  test('every code is among them, but for the memory’s', () => {
+  test('every code is among them, but for those of memory, packed rings and in-flight buffers', () => {
     const reached = new Set<string>(offences.map(({ code }) => code))
-    expect(Object.keys(RING_ERRORS).filter((code) => !reached.has(code))).toEqual(['ERR_RING_MEMORY'])
+    expect(Object.keys(RING_ERRORS).filter((code) => !reached.has(code))).toEqual([
+      'ERR_RING_MEMORY',
+      'ERR_RING_SCATTERED',
+      'ERR_RING_BASE',
+      'ERR_RING_INFLIGHT',
+    ])
   })
 
   test('chains before it are served, those in flight are used', () => {
@@ -390,7 +395,7 @@ describe('a broken rule', () => {
     const chains = [ring.pop()!, ring.pop()!]
     expect(ring.pop()).toBeUndefined()
     expect(ring.error?.code).toBe('ERR_RING_HEAD')
-    for (const chain of chains) ring.push(chain, 4)
+    for (const chain of chains) ring.push(chain, 4, 4)
     expect(ring.publish()).toBe(true)
     expect(driver.takeUsed()).toEqual([
       { id: 0, length: 4 },
@@ -466,7 +471,7 @@ describe('ERR_RING_MEMORY', () => {
     driver.offer(1)
     expect(ring.pop()).toBeUndefined()
     expect(() => {
-      ring.push(chain, 0)
+      ring.push(chain, 0, 0)
       ring.publish()
     }).not.toThrow()
   })

@@ -85,7 +85,7 @@ describe('pop', () => {
     )
     driver.offer(4)
     const first = ring.pop()!
-    ring.push(first, 5)
+    ring.push(first, 5, 5)
     driver.chain([{ gpa: data + 7, length: 3, flags: WRITE }], [4])
     driver.offer(4)
     const second = ring.pop()!
@@ -128,7 +128,7 @@ describe('pop', () => {
       [data, 16],
       [data + 64, 32],
     ])
-    ring.push(chain, 32)
+    ring.push(chain, 32, 32)
     expect(ring.error).toBeUndefined()
   })
 
@@ -286,7 +286,7 @@ describe('indirect descriptors', () => {
     driver.offer(0)
     const small = ring.pop()!
     expect(small.count).toBe(5)
-    ring.push(small, 0)
+    ring.push(small, 0, 0)
     driver.table(
       data,
       Array.from({ length: entries }, () => ({ gpa: end, length: 2 }))
@@ -341,8 +341,8 @@ describe('push and publish', () => {
     for (let i = 0; i < 3; i++) driver.chain([{ gpa: data, length: 9, flags: WRITE }], [i])
     driver.offer(2, 0, 1)
     const chains = [ring.pop()!, ring.pop()!, ring.pop()!]
-    ring.push(chains[1]!, 7)
-    ring.push(chains[0]!, 0xffff_ffff)
+    ring.push(chains[1]!, 7, 7)
+    ring.push(chains[0]!, 0xffff_ffff, 0xffff_ffff)
     expect(driver.takeUsed()).toEqual([])
     expect(chains.map((chain) => chain.inFlight)).toEqual([false, false, true])
     expect(ring.publish()).toBe(true)
@@ -365,7 +365,7 @@ describe('push and publish', () => {
     const { ring, driver, data } = setup({ base: 10, usedBase: 7 })
     driver.chain([{ gpa: data, length: 1 }])
     driver.offer(0)
-    ring.push(ring.pop()!, 3)
+    ring.push(ring.pop()!, 3, 3)
     ring.publish()
     expect(driver.usedIdx).toBe(8)
     expect(driver.usedElement(7)).toEqual({ id: 0, length: 3 })
@@ -395,7 +395,7 @@ describe.each([2, 4, 256, 32768])('a ring of %d entries', (size) => {
         const chain = ring.pop()
         if (chain === undefined) break
         popped.push(chain.head)
-        ring.push(chain, chain.head)
+        ring.push(chain, chain.head, chain.head)
       }
       expect(ring.error).toBeUndefined()
       expect(popped).toEqual(heads)
@@ -425,8 +425,8 @@ describe('at the wrap of the free-running indices', () => {
     const { ring, driver, data } = setup({ size: 4, usedBase: 65535 })
     for (let i = 0; i < 2; i++) driver.chain([{ gpa: data, length: 1 }], [i])
     driver.offer(0, 1)
-    ring.push(ring.pop()!, 11)
-    ring.push(ring.pop()!, 22)
+    ring.push(ring.pop()!, 11, 11)
+    ring.push(ring.pop()!, 22, 22)
     ring.publish()
     expect(driver.usedIdx).toBe(1)
     expect(driver.usedElement(3)).toEqual({ id: 0, length: 11 })
@@ -453,7 +453,7 @@ describe('at the wrap of the free-running indices', () => {
 function serve({ ring, driver }: ReturnType<typeof setup>, count: number): boolean {
   const heads = Array.from({ length: count }, (_, i) => i)
   driver.offer(...heads)
-  for (const _ of heads) ring.push(ring.pop()!, 0)
+  for (const _ of heads) ring.push(ring.pop()!, 0, 0)
   return ring.publish()
 }
 
@@ -611,7 +611,7 @@ describe('setMemory', () => {
     expect([chain.head, chain.readable]).toEqual([1, 77])
     expect(chain.regions).toBe(memory.regions)
     const before = old.bytes.slice()
-    old.ring.push(chain, 0)
+    old.ring.push(chain, 0, 0)
     old.ring.publish()
     expect(moved.getUint16(old.layout.device + 2, true)).toBe(4)
     expect(Buffer.compare(old.bytes, before)).toBe(0)
@@ -630,6 +630,8 @@ describe('setMemory', () => {
       base: 0,
       eventIdx: true,
       indirect: true,
+      packed: false,
+      inOrder: false,
     }
     const ring = new SplitRing(memory, config)
     const table = new DataView(regions[1]!.buffer)
@@ -638,7 +640,7 @@ describe('setMemory', () => {
     new DataView(regions[2]!.buffer).setUint16(18, 1, true)
     const chain = ring.pop()!
     expect(segments(chain)).toEqual([[page, 10]])
-    ring.push(chain, 9)
+    ring.push(chain, 9, 9)
     expect(ring.publish()).toBe(true)
     const used = new DataView(regions[0]!.buffer)
     expect([used.getUint16(130, true), used.getUint32(132, true), used.getUint32(136, true)]).toEqual([1, 0, 9])
