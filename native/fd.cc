@@ -183,6 +183,14 @@ static Napi::Value Memfd(const Napi::CallbackInfo& info) {
   return Result(info, fd);
 }
 
+static Napi::Value SealFile(const Napi::CallbackInfo& info) {
+  Args args(info);
+  int fd = args.Int32(0, "fd");
+  int seals = args.Int32(1, "seals");
+  if (args.failed()) return Undefined(info);
+  return Result(info, fcntl(fd, F_ADD_SEALS, seals));
+}
+
 static Napi::Value LockFile(const Napi::CallbackInfo& info) {
   Args args(info);
   int fd = args.Int32(0, "fd");
@@ -216,6 +224,7 @@ void InitFd(Napi::Env env, Napi::Object exports) {
   Export<EventfdRead>(env, exports, "eventfdRead");
   Export<PollIn>(env, exports, "pollIn");
   Export<Memfd>(env, exports, "memfd");
+  Export<SealFile>(env, exports, "sealFile");
   Export<LockFile>(env, exports, "lockFile");
   Export<Fallocate>(env, exports, "fallocate");
 }

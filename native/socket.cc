@@ -205,6 +205,28 @@ static Napi::Value Shutdown(const Napi::CallbackInfo& info) {
   return Result(info, shutdown(fd, SHUT_RDWR));
 }
 
+static Napi::Value SendDatagram(const Napi::CallbackInfo& info) {
+  Args args(info);
+  std::string path = args.String(0, "path");
+  Span<uint8_t> bytes = args.Bytes(1, "bytes");
+  if (args.failed()) return Undefined(info);
+  struct sockaddr_un address;
+  socklen_t length;
+  int error = UnixAddress(path, &address, &length);
+  if (error != 0) return Number(info, -error);
+  if (path[0] == '@') {
+    // An abstract name has no final NUL: every byte of it counts.
+    address.sun_path[0] = '\0';
+    length--;
+  }
+  int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return Result(info, fd);
+  ssize_t sent = sendto(fd, bytes.data, bytes.length, MSG_NOSIGNAL | MSG_DONTWAIT,
+                        reinterpret_cast<struct sockaddr*>(&address), length);
+  CloseQuietly(fd);
+  return Result(info, sent);
+}
+
 void InitSocket(Napi::Env env, Napi::Object exports) {
   Export<ListenUnix>(env, exports, "listenUnix");
   Export<ConnectUnix>(env, exports, "connectUnix");
@@ -215,6 +237,7 @@ void InitSocket(Napi::Env env, Napi::Object exports) {
   Export<RecvMessage>(env, exports, "recvMessage");
   Export<SendMessage>(env, exports, "sendMessage");
   Export<Shutdown>(env, exports, "shutdown");
+  Export<SendDatagram>(env, exports, "sendDatagram");
 }
 
 }  // namespace virtiod

@@ -143,6 +143,8 @@ export interface Native {
    * MFD_HUGETLB of that size (2 MiB, 1 GiB).
    */
   memfd(name: string, size: number, hugePageBytes: number): number
+  /** F_ADD_SEALS with F_SEAL_* `seals`; -EPERM: it is sealed against that, or was made without MFD_ALLOW_SEALING. */
+  sealFile(fd: number, seals: number): number
   /** F_OFD_SETLK over the whole file: 0, or -EAGAIN when another open file description holds a conflicting lock. */
   lockFile(fd: number, exclusive: boolean): number
   /** fallocate(2), blocking; `mode` is FALLOC_FL_*. */
@@ -189,6 +191,11 @@ export interface Native {
   ): number
   /** shutdown(2), both directions. */
   shutdown(fd: number): number
+  /**
+   * Sends one datagram to the SOCK_DGRAM unix socket at `path`, without waiting; `@name` is the abstract socket of that
+   * name. Returns the bytes sent. -ECONNREFUSED, -ENOENT: nobody has it open; -EAGAIN: its receiver's queue is full.
+   */
+  sendDatagram(path: string, bytes: Uint8Array): number
 
   // ---- memory
   /**

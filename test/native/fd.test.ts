@@ -1,9 +1,9 @@
-import { closeSync, constants, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
+import { closeSync, constants, ftruncateSync, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, it } from 'vitest'
 import { native } from '../../src/native.ts'
-import { EAGAIN, EBADF, EINVAL, fdOf, openFds } from './support.ts'
+import { EAGAIN, EBADF, EINVAL, EPERM, fdOf, openFds } from './support.ts'
 
 const directory = mkdtempSync(join(tmpdir(), 'virtiod-fd-'))
 afterAll(() => rmSync(directory, { recursive: true, force: true }))
@@ -166,6 +166,20 @@ describe('memfd', () => {
     // ftruncate fails after memfd_create: not a multiple of the huge page
     expect(native.memfd('guest', 4096, 2 ** 21)).toBeLessThan(0)
     expect(openFds()).toEqual(before)
+  })
+
+  it('keeps its size once it is sealed, and takes no further seal then', () => {
+    const fd = fdOf(native.memfd('sealed', 4096, 0), 'memfd')
+    const [seal, shrink, grow, write] = [1, 2, 4, 8]
+    expect(native.sealFile(fd, shrink | grow | seal)).toBe(0)
+    expect(() => ftruncateSync(fd, 0)).toThrow('EPERM')
+    expect(() => ftruncateSync(fd, 8192)).toThrow('EPERM')
+    expect(native.sealFile(fd, write)).toBe(-EPERM)
+    native.close(fd)
+    expect(native.sealFile(99_999, shrink)).toBe(-EBADF)
+    const file = openSync(join(directory, 'unsealable'), 'w+')
+    expect(native.sealFile(file, shrink)).toBe(-EINVAL)
+    closeSync(file)
   })
 
   it('makes huge pages', ({ skip }) => {

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, it } from 'vitest'
 import { native } from '../../src/native.ts'
+import { NotifySocket } from '../daemon/notify-socket.ts'
 import {
   EADDRINUSE,
   EAGAIN,
@@ -188,5 +189,22 @@ describe('passing file descriptors', () => {
     expect(native.sendMessage(a, Uint8Array.of(1), 0, 1, new Int32Array(254).fill(a), 254, true)).toBe(-EINVAL)
     native.close(a)
     native.close(b)
+  })
+})
+
+describe('datagrams', () => {
+  it.each([join(directory, 'dgram.sock'), `@virtiod-test-${process.pid}`])('arrive at %s', async (address) => {
+    const before = openFds()
+    expect(native.sendDatagram(address, Buffer.from('x'))).toBe(address.startsWith('@') ? -ECONNREFUSED : -ENOENT)
+    expect(openFds()).toEqual(before)
+    using socket = await NotifySocket.open(address)
+    expect(native.sendDatagram(address, Buffer.from('READY=1'))).toBe(7)
+    expect(await socket.received('')).toBe('READY=1')
+  })
+
+  it('has the limits of a path', () => {
+    expect(native.sendDatagram('x'.repeat(108), new Uint8Array(1))).toBe(-ENAMETOOLONG)
+    expect(native.sendDatagram('', new Uint8Array(1))).toBe(-EINVAL)
+    expect(() => native.sendDatagram(1 as never, new Uint8Array(1))).toThrow(TypeError)
   })
 })

@@ -20,6 +20,7 @@ export const {
   EADDRINUSE,
   ENOTSOCK,
   EEXIST,
+  EPERM,
 } = constants.errno
 export const EOPNOTSUPP = 95
 export const EAFNOSUPPORT = 97
