@@ -17,18 +17,24 @@ const RETRY_MS = 200
 /** The owner and the group of the socket may connect. */
 const SOCKET_MODE = 0o660
 
+/** The socket file that `bind` made: who closes the listener removes it. */
+export interface SocketFile {
+  readonly path: string
+  readonly inode: number
+}
+
 export class Listener implements Disposable {
-  readonly #fd: number
-  readonly #path: string | undefined
-  /** The socket file that `bind` made. */
-  readonly #inode: number | undefined
+  /** Borrowed by a handover. */
+  readonly fd: number
+  /** Undefined: the socket was handed down, and its file is not ours. */
+  readonly file: SocketFile | undefined
   readonly #readiness: Readiness
   #closed = false
+  #held: PromiseWithResolvers<void> | undefined
 
-  private constructor(fd: number, path: string | undefined) {
-    this.#fd = fd
-    this.#path = path
-    this.#inode = path === undefined ? undefined : inode(path)
+  private constructor(fd: number, file: SocketFile | undefined) {
+    this.fd = fd
+    this.file = file
     this.#readiness = new Readiness(fd)
   }
 
@@ -43,19 +49,26 @@ export class Listener implements Disposable {
       fd = native.listenUnix(path, SOCKET_MODE)
     }
     if (fd < 0) throw systemError(fd, 'bind', `cannot listen on ${path}`)
-    return new Listener(fd, path)
+    return new Listener(fd, { path, inode: inode(path) ?? -1 })
   }
 
-  /** Takes over a listening socket that was handed down. */
-  static adopt(fd: number): Listener {
+  /**
+   * Takes over a listening socket that was handed down. @param file that of a process before this one, ours to remove
+   * now
+   */
+  static adopt(fd: number, file?: SocketFile): Listener {
     native.setNonblock(fd, true)
-    return new Listener(fd, undefined)
+    return new Listener(ownFd(fd), file)
   }
 
   /** The next connection; undefined when the listener was closed. Until it is asked, front-ends wait in the backlog. */
   async accept(): Promise<Connection | undefined> {
     while (!this.#closed) {
-      const fd = native.accept(this.#fd)
+      if (this.#held !== undefined) {
+        await this.#held.promise
+        continue
+      }
+      const fd = native.accept(this.fd)
       if (fd >= 0) return new Connection(fd)
       // Out of fds or memory: the front-end stays in the backlog until others have left.
       if (OUT_OF_RESOURCES.has(fd)) await setTimeout(RETRY_MS)
@@ -65,14 +78,31 @@ export class Listener implements Disposable {
     return undefined
   }
 
-  /** Stops listening and removes the socket file that `bind` made. */
-  [Symbol.dispose](): void {
+  /** Front-ends wait in the backlog until `resume`. */
+  hold(): void {
+    this.#held ??= Promise.withResolvers()
+  }
+
+  resume(): void {
+    this.#held?.resolve()
+    this.#held = undefined
+  }
+
+  /** Lets go of the socket without removing its file: another process listens on it. */
+  abandon(): void {
     if (this.#closed) return
     this.#closed = true
     this.#readiness.dispose()
-    native.close(this.#fd)
+    this.resume()
+    native.close(this.fd)
+  }
+
+  /** Stops listening and removes the socket file. */
+  [Symbol.dispose](): void {
+    if (this.#closed) return
+    this.abandon()
     // Unless somebody removed it before us, and perhaps listens there now.
-    if (this.#path !== undefined && inode(this.#path) === this.#inode) unlinkSync(this.#path)
+    if (this.file !== undefined && inode(this.file.path) === this.file.inode) unlinkSync(this.file.path)
   }
 }
 
@@ -83,7 +113,18 @@ export class Listener implements Disposable {
 export function connectedSocket(fd: number): Connection | undefined {
   const kind = native.socketKind(fd)
   if (kind < 0) throw systemError(kind, 'getsockopt', `fd ${fd} is no unix stream socket`)
-  return kind === 1 ? undefined : new Connection(fd)
+  return kind === 1 ? undefined : new Connection(ownFd(fd))
+}
+
+/**
+ * The same file under an fd that a program started by us doesn't inherit: a process that takes over must not hold a
+ * connection which it knows nothing of. Node marks the fds it was started with so, but only those below 16.
+ */
+function ownFd(fd: number): number {
+  const own = native.dup(fd)
+  if (own < 0) throw systemError(own, 'fcntl', `cannot duplicate fd ${fd}`)
+  native.close(fd)
+  return own
 }
 
 function inode(path: string): number | undefined {

@@ -6,13 +6,10 @@ import { fstatSync } from 'node:fs'
 import { native } from '../native.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import { ProtocolError } from './errors.ts'
+import { ADDRESS_LIMIT, duplicate, mapSharedFile } from './mapping.ts'
 import { MAX_MEM_SLOTS, type MemoryRegionDescription } from './wire.ts'
 
-/** Addresses must survive as a double, and user addresses are below it anyway. */
-const ADDRESS_LIMIT = 1n << 53n
 const PAGE = 4096n
-const S_IFMT = 0o170000
-const S_IFREG = 0o100000
 
 /** One mapped region. */
 export class MappedRegion {
@@ -24,14 +21,29 @@ export class MappedRegion {
   readonly buffer: SharedArrayBuffer
   /** Which file, and from which offset: tells a region that is added again from another one. */
   readonly source: string
+  /** Our own fd of the file, and where the region begins in it: for a handover. */
+  readonly fd: number
+  readonly fileOffset: number
 
-  constructor(gpa: number, size: number, uva: number, hva: number, buffer: SharedArrayBuffer, source: string) {
-    this.gpa = gpa
-    this.size = size
-    this.uva = uva
-    this.hva = hva
-    this.buffer = buffer
-    this.source = source
+  /**
+   * Maps a region of which everything but its file was checked. @param fd stays the caller's
+   * @throws ProtocolError
+   */
+  constructor(description: MemoryRegionDescription, fd: number) {
+    this.gpa = Number(description.guestAddress)
+    this.size = Number(description.size)
+    this.uva = Number(description.userAddress)
+    this.fileOffset = Number(description.mmapOffset)
+    this.source = sourceOf(fd, description.mmapOffset)
+    const mapping = mapSharedFile(fd, this.fileOffset, this.size, 'a region', 'ERR_PROTOCOL_MEMORY')
+    this.hva = mapping.address
+    this.buffer = mapping.buffer
+    try {
+      this.fd = duplicate(fd, 'a region', 'ERR_PROTOCOL_MEMORY')
+    } catch (error) {
+      native.release(this.hva)
+      throw error
+    }
   }
 
   /** The front-end truncated the file: the SIGBUS guard laid empty memory over the mapping. */
@@ -42,13 +54,22 @@ export class MappedRegion {
   /** Gives the pages back at once. Nothing may use the region any more; a stale view reads zeroes. */
   release(): void {
     native.release(this.hva)
+    native.close(this.fd)
   }
+}
+
+/** Bytes of one region at a front-end address. */
+export interface RegionPiece {
+  readonly region: MappedRegion
+  /** Where they are in the region. */
+  readonly offset: number
+  readonly size: number
 }
 
 export class MemoryTable {
   regions: MappedRegion[] = []
   /** How often a region was added again, by its addresses. */
-  readonly #again = new Map<string, number>()
+  readonly again = new Map<string, number>()
 
   /** Bytes mapped. */
   get size(): number {
@@ -86,8 +107,7 @@ export class MemoryTable {
       if (uva < other.uva + other.size && other.uva < uva + length)
         throw memoryError("two regions overlap in the front-end's memory")
     }
-    const mapping = mapRegion(fd, Number(mmapOffset), length)
-    return new MappedRegion(gpa, length, uva, mapping.address, mapping.buffer, sourceOf(fd, mmapOffset))
+    return new MappedRegion(description, fd)
   }
 
   /**
@@ -99,18 +119,18 @@ export class MemoryTable {
     const same = this.find(guestAddress, userAddress, size)
     if (same === undefined || same.source !== sourceOf(fd, mmapOffset)) return false
     const key = keyOf(guestAddress, userAddress, size)
-    if (!this.#again.has(key) && this.#again.size >= MAX_MEM_SLOTS) return false
-    this.#again.set(key, (this.#again.get(key) ?? 0) + 1)
+    if (!this.again.has(key) && this.again.size >= MAX_MEM_SLOTS) return false
+    this.again.set(key, (this.again.get(key) ?? 0) + 1)
     return true
   }
 
   /** Whether a region that is not there may be removed: it was there, and added more than once. */
   excuses(guestAddress: bigint, userAddress: bigint, size: bigint): boolean {
     const key = keyOf(guestAddress, userAddress, size)
-    const left = this.#again.get(key)
+    const left = this.again.get(key)
     if (left === undefined) return false
-    if (left === 1) this.#again.delete(key)
-    else this.#again.set(key, left - 1)
+    if (left === 1) this.again.delete(key)
+    else this.again.set(key, left - 1)
     return true
   }
 
@@ -125,11 +145,27 @@ export class MemoryTable {
   translate(uva: bigint, length: number): number | undefined {
     if (uva >= ADDRESS_LIMIT) return undefined
     const address = Number(uva)
-    const region = this.regions.find(
-      (candidate) => address >= candidate.uva && address < candidate.uva + candidate.size
-    )
+    const region = this.#at(address)
     if (region === undefined || length > region.uva + region.size - address) return undefined
     return region.gpa + (address - region.uva)
+  }
+
+  /** What [uva, uva + size) is made of; undefined when not all of it is in regions. */
+  pieces(uva: number, size: number): RegionPiece[] | undefined {
+    const pieces: RegionPiece[] = []
+    for (let done = 0; done < size; ) {
+      const region = this.#at(uva + done)
+      if (region === undefined) return undefined
+      const offset = uva + done - region.uva
+      const length = Math.min(size - done, region.size - offset)
+      pieces.push({ region, offset, size: length })
+      done += length
+    }
+    return pieces
+  }
+
+  #at(uva: number): MappedRegion | undefined {
+    return this.regions.find((region) => uva >= region.uva && uva < region.uva + region.size)
   }
 }
 
@@ -145,21 +181,6 @@ function sourceOf(fd: number, offset: bigint): string {
   } catch (cause) {
     throw new ProtocolError('ERR_PROTOCOL_MEMORY', 'the fd of a region cannot be examined', { cause })
   }
-}
-
-function mapRegion(fd: number, offset: number, length: number): { address: number; buffer: SharedArrayBuffer } {
-  const info = new Float64Array(8)
-  const result = native.fdInfo(fd, info)
-  if (result < 0 || (info[0]! & S_IFMT) !== S_IFREG) throw memoryError('the fd of a region is no shared-memory file')
-  // The peer may shrink the file later, which the SIGBUS guard handles; now it must be whole.
-  if (offset + length > info[1]!) throw memoryError(`a region ends at ${offset + length}, its file at ${info[1]}`)
-  // Only hugetlbfs has pages that mmap insists on; for others the block size is harmless to round to.
-  const page = Math.max(4096, info[2]!)
-  const mapOffset = Math.floor(offset / page) * page
-  const mapLength = Math.ceil((offset + length) / page) * page - mapOffset
-  const mapping = native.mapFile(fd, mapOffset, mapLength, offset - mapOffset, length, true)
-  if (typeof mapping === 'number') throw memoryError(`a region cannot be mapped (errno ${-mapping})`)
-  return mapping
 }
 
 function memoryError(message: string): ProtocolError {

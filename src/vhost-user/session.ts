@@ -1,182 +1,185 @@
 /**
- * One front-end on one connection: the vhost-user state machine. One row per request says what it may carry and what
- * it does; ring states are those of vhost-user.rst "Ring states": started or stopped, and independently enabled or
- * disabled.
+ * One front-end on one connection: the vhost-user state machine. requests.ts has one row per request, which says what
+ * it may carry and what it does; what it does happens here and in the parts: rings, memory, log, in-flight buffer,
+ * state transfer, back-end channel.
  *
  * It owns the fds and the memory of the front-end. It must not know iothreads: rings are served by a {@link RingHost}.
  */
-import { readlinkSync } from 'node:fs'
-import type { NetworkRequests } from '../device/index.ts'
 import { native } from '../native.ts'
-import { VHOST_USER_F_PROTOCOL_FEATURES } from '../virtio/constants.ts'
+import { VIRTIO_F_ACCESS_PLATFORM } from '../virtio/constants.ts'
 import { featureSet, hasFeature } from '../virtio/features.ts'
-import type { RegionDescription } from '../virtio/memory.ts'
-import type { VringConfig } from '../virtio/vring.ts'
 import { BackendChannel } from './backend-channel.ts'
 import type { Connection, Message } from './connection.ts'
+import { DirtyLogArea } from './dirty-log-area.ts'
+import { dispatch } from './dispatch.ts'
 import { ProtocolError } from './errors.ts'
-import { type MappedRegion, MemoryTable } from './memory-table.ts'
-import { REQUESTS } from './requests.ts'
-import { NO_FD, RingState } from './ring-state.ts'
-import {
-  MAX_MEM_SLOTS,
-  requestName,
-  u64,
-  VHOST_USER_MAX_CONFIG_SIZE,
-  VHOST_USER_PROTOCOL_F_BACKEND_REQ,
-  VHOST_USER_PROTOCOL_F_CONFIG,
-  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-  VHOST_USER_PROTOCOL_F_MQ,
-  VHOST_USER_PROTOCOL_F_MTU,
-  VHOST_USER_PROTOCOL_F_RARP,
-  VHOST_USER_PROTOCOL_F_REPLY_ACK,
-  VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-  VHOST_USER_VRING_IDX_MASK,
-  VHOST_USER_VRING_NOFD_MASK,
-  type VringAddress,
-} from './wire.ts'
+import { createInflight, InflightBuffer } from './inflight-buffer.ts'
+import { MemoryExchange } from './memory-exchange.ts'
+import type { MemoryTable } from './memory-table.ts'
+import { LOGGING, Negotiated } from './negotiated.ts'
+import { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from './protocol-table.ts'
+import type { RingHost } from './ring-host.ts'
+import { NO_FD } from './ring-state.ts'
+import { restoreSession, type SavedSession, saveSession } from './saved-session.ts'
+import { StateTransfer } from './state-transfer.ts'
+import { Suspension } from './suspension.ts'
+import { checkEventfd, Vrings } from './vrings.ts'
+import * as wire from './wire.ts'
 
-/**
- * What every device speaks. A bit stands here only when it is implemented; QEMU acknowledges all that it knows,
- * blindly.
- */
-export const PROTOCOL_FEATURES = [
-  VHOST_USER_PROTOCOL_F_MQ,
-  VHOST_USER_PROTOCOL_F_REPLY_ACK,
-  VHOST_USER_PROTOCOL_F_BACKEND_REQ,
-  VHOST_USER_PROTOCOL_F_CONFIG,
-  VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-  VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-]
-/** What network cards speak beside that. */
-export const NETWORK_PROTOCOL_FEATURES = [VHOST_USER_PROTOCOL_F_RARP, VHOST_USER_PROTOCOL_F_MTU]
-
-/** How a ring is started. */
-export interface RingStart {
-  readonly vring: VringConfig
-  readonly features: bigint
-  /** -1 = none. Borrowed until `stopRing` or `setKick`/`setCall` came back. */
-  readonly kickFd: number
-  readonly callFd: number
-  readonly enabled: boolean
-}
-
-/** Who serves the rings of this session: the daemon, with iothreads. */
-export interface RingHost {
-  /** Feature bits to offer, transport and ring features included. */
-  readonly features: bigint
-  readonly numQueues: number
-  readonly maxQueueSize: number
-  /** Requests that only network cards serve. */
-  readonly network: NetworkRequests | undefined
-  config(): Uint8Array
-  writeConfig(offset: number, bytes: Uint8Array): boolean
-  negotiated(features: bigint): void
-  reset(): void
-  startRing(index: number, start: RingStart): Promise<void>
-  /** Drains the ring. Resolves to its base. */
-  stopRing(index: number): Promise<number>
-  enableRing(index: number, enabled: boolean): Promise<void>
-  setKick(index: number, fd: number): Promise<void>
-  setCall(index: number, fd: number): Promise<void>
-  /** Stops popping in all rings and waits until nothing is in flight. */
-  pause(): Promise<void>
-  resume(): Promise<void>
-  setMemory(regions: readonly RegionDescription[]): Promise<void>
-}
+export { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from './protocol-table.ts'
+export type { RingHost, RingStart } from './ring-host.ts'
 
 export class Session {
   readonly connection: Connection
   readonly host: RingHost
-  readonly memory = new MemoryTable()
-  readonly rings: readonly RingState[]
-  #features: bigint | undefined
-  #protocolFeatures = 0n
-  #backend: BackendChannel | undefined
+  readonly negotiated = new Negotiated()
+  readonly exchange: MemoryExchange
+  readonly log: DirtyLogArea
+  readonly rings: Vrings
+  readonly channel = new BackendChannel((error) => this.onRefused?.(error))
+  readonly transfer = new StateTransfer()
+  inflight: InflightBuffer | undefined
+  /** Told of every NACK. */
+  onRefused: ((error: ProtocolError) => void) | undefined
+  /** A change of the config space, to be told when the device is not suspended any more. */
+  configPending = false
+  #saidMiss = false
+  #running = false
+  readonly #suspension = new Suspension()
 
   constructor(connection: Connection, host: RingHost) {
     this.connection = connection
     this.host = host
-    this.rings = Array.from({ length: host.numQueues }, (_, index) => new RingState(index))
+    this.log = new DirtyLogArea(host)
+    // The two know each other: rings are in memory, and move with it.
+    this.exchange = new MemoryExchange(host, {
+      moved: () => this.rings.moved(),
+      relocateLogs: () => this.rings.relocateLogs(),
+    })
+    this.rings = new Vrings(this)
   }
 
   /**
-   * Serves the front-end until it leaves. All rings are stopped and all its memory and fds released when it returns
-   * or throws.
+   * Goes on with a session that `suspend` stopped in another process; `run` or `abandon` comes next.
+   * @param fds as `suspend` had them, the connection's among them: it takes them over, also when it throws
+   * @throws SavedSessionError when the state is not one of a session of this device, or what `host` throws
+   */
+  static restore(host: RingHost, state: unknown, fds: readonly number[]): Promise<Session> {
+    return restoreSession(state, fds, (connection) => new Session(connection, host))
+  }
+
+  /**
+   * Serves the front-end until it leaves, or until `abandon`. All rings are stopped and all its memory and fds released
+   * when it returns or throws.
    * @throws ProtocolError when the front-end broke the protocol, or a system error
    */
   async run(): Promise<void> {
+    this.#running = true
+    // Who ends the session from here doesn't wait for the other end of a pipe.
+    void this.connection.aborted.then(() => this.transfer.abort())
+    this.#tellConfig()
     try {
       for (;;) {
-        using message = await this.connection.read()
+        using message = await this.#next()
         if (message === undefined) return
-        await this.#serve(message)
+        await dispatch(this, message)
+        this.#tellConfig()
       }
     } finally {
-      await this.#end()
+      this.#suspension.end()
+      if (this.#suspension.abandoned) this.#release()
+      else await this.#end()
     }
   }
 
-  /** The config space changed: tells the driver, if its front-end can hear it. Returns whether it was told. */
+  // ---- what others say about it
+
+  /**
+   * The config space changed: tells the driver, if its front-end can hear it, now or (vhost-user.rst "Suspended device
+   * state") when a ring is started again. Returns whether it can.
+   */
   configChanged(): boolean {
-    return this.#backend?.configChanged() ?? false
+    if (!this.channel.open || !this.negotiated.hasProtocol(wire.VHOST_USER_PROTOCOL_F_CONFIG)) return false
+    this.configPending = true
+    this.#tellConfig()
+    return true
   }
 
   /** A ring broke on its iothread: its err eventfd tells the front-end (vhost-user.rst "SET_VRING_ERR"). */
   ringBroke(index: number): void {
-    const fd = this.rings[index]?.errFd ?? NO_FD
-    if (fd >= 0) native.eventfdWrite(fd, 1)
+    const ring = this.rings.all[index]
+    if (ring === undefined) return
+    if (ring.errFd >= 0) native.eventfdWrite(ring.errFd, 1)
+    else if (!ring.errIgnored && ring.started && this.#inband) this.channel.error(index, this.#replyAck)
+    if (this.negotiated.fail()) this.configChanged()
   }
 
-  protocolFeature(bit: number): boolean {
-    return hasFeature(this.#protocolFeatures, bit)
+  /** A ring without a call fd has something for its driver. */
+  ringCalls(index: number): void {
+    const ring = this.rings.all[index]
+    if (ring?.started === true && !ring.callPolled && this.#inband) this.channel.call(index, this.#replyAck)
   }
 
-  async #serve(message: Message): Promise<void> {
-    const acknowledge = message.needReply && this.protocolFeature(VHOST_USER_PROTOCOL_F_REPLY_ACK)
-    const row = REQUESTS[message.request]
-    try {
-      if (row === undefined) throw new ProtocolError('ERR_PROTOCOL_REQUEST', 'an unknown or unsupported request')
-      const { payload } = message
-      if (row.feature !== undefined && !this.protocolFeature(row.feature)) {
-        throw new ProtocolError('ERR_PROTOCOL_REQUEST', 'its protocol feature was not negotiated')
-      }
-      const size = payload.byteLength
-      if (Array.isArray(row.payload) ? size < row.payload[0] || size > row.payload[1] : size !== row.payload) {
-        throw new ProtocolError('ERR_PROTOCOL_SIZE', `a payload of ${size} bytes`)
-      }
-      const [fewest, most] = row.fds ?? [0, 0]
-      if (message.fdCount < fewest || message.fdCount > most) {
-        throw new ProtocolError('ERR_PROTOCOL_FDS', `${message.fdCount} file descriptors`)
-      }
-      const reply = await row.serve(this, payload, message)
-      if (reply !== undefined) this.connection.reply(message.request, reply)
-      else if (acknowledge) this.connection.reply(message.request, u64(0n))
-    } catch (error) {
-      if (!(error instanceof ProtocolError)) throw error
-      const named = new ProtocolError(error.code, `${requestName(message.request)}: ${error.message}`, { cause: error })
-      // A reply of its own can't carry a refusal, except for GET_CONFIG, whose row answers it.
-      if (!acknowledge || row?.replies === true) throw named
-      this.connection.reply(message.request, u64(1n))
-      this.onRefused?.(named)
+  /**
+   * A ring needs a translation. Nobody waits for it: the ring took nothing that it could not translate, so a request
+   * that waits for what is in flight (GET_VRING_BASE, SET_MEM_TABLE) doesn't wait for the answer, which comes behind it.
+   * @param access IOTLB_READ, IOTLB_WRITE or both
+   */
+  iotlbMiss(index: number, address: number, access: number): void {
+    if (this.rings.all[index]?.started !== true) return
+    if (!this.channel.open && !this.#saidMiss) {
+      this.#saidMiss = true
+      const message = `queue ${index} needs a translation, and there is no SET_BACKEND_REQ_FD to ask for it`
+      this.onRefused?.(new ProtocolError('ERR_PROTOCOL_IOTLB', message))
     }
+    this.channel.miss(index, address, access)
   }
 
-  /** Told of every NACK. */
-  onRefused: ((error: ProtocolError) => void) | undefined
+  get memory(): MemoryTable {
+    return this.exchange.table
+  }
+
+  /** Whether the front-end truncated memory that we have mapped. */
+  get memoryFaulted(): boolean {
+    return this.exchange.faulted || this.log.faulted || this.inflight?.area.faulted === true
+  }
+
+  // ---- handover
+
+  /**
+   * Stops between two messages, with all rings drained and stopped, and says all that another process needs to go on.
+   * The fds stay this session's; `resume` or `abandon` comes next. Undefined: it ended before, or `resume` came first.
+   * @throws an Error while the state of the device is being transferred
+   */
+  async suspend(): Promise<SavedSession | undefined> {
+    if (this.transfer.running) throw new Error('the state of the device is being transferred')
+    return await this.#suspension.run(this.connection, async () => {
+      this.channel.hold()
+      await this.rings.suspend()
+      return saveSession(this)
+    })
+  }
+
+  /** The handover failed: goes on as if there had been no `suspend`, also while that is still under way. */
+  async resume(): Promise<void> {
+    await this.#suspension.resume(this.connection, async () => {
+      this.channel.resume()
+      await this.rings.resume()
+      this.#tellConfig()
+    })
+  }
+
+  /**
+   * Another process goes on with the session: lets go of everything, without a word to the front-end or the device.
+   * `run` returns.
+   */
+  abandon(): void {
+    this.#suspension.abandon()
+    if (this.#running) this.connection.interrupt()
+    else this.#release()
+  }
 
   // ---- features
-
-  async setFeatures(features: bigint): Promise<void> {
-    const extra = features & ~this.host.features
-    if (extra !== 0n) throw new ProtocolError('ERR_PROTOCOL_FEATURES', `bits 0x${extra.toString(16)} were not offered`)
-    if (features !== this.#features && this.rings.some((ring) => ring.started)) {
-      throw new ProtocolError('ERR_PROTOCOL_FEATURES', 'features changed while rings are started')
-    }
-    this.#features = features
-    this.host.negotiated(features)
-    for (const ring of this.rings) await this.#startIfReady(ring)
-  }
 
   get offeredProtocolFeatures(): bigint {
     return featureSet(...PROTOCOL_FEATURES, ...(this.host.network === undefined ? [] : NETWORK_PROTOCOL_FEATURES))
@@ -185,174 +188,135 @@ export class Session {
   setProtocolFeatures(features: bigint): void {
     const extra = features & ~this.offeredProtocolFeatures
     if (extra !== 0n) throw new ProtocolError('ERR_PROTOCOL_FEATURES', `bits 0x${extra.toString(16)} were not offered`)
-    this.#protocolFeatures = features
-  }
-
-  // ---- memory
-
-  /** SET_MEM_TABLE: replaces all regions. Rings that run are paused for it and go on in the new memory. */
-  async setMemoryTable(descriptions: Parameters<typeof MemoryTable.map>[0][], fds: readonly number[]): Promise<void> {
-    const mapped: MappedRegion[] = []
-    try {
-      for (const [i, description] of descriptions.entries()) mapped.push(MemoryTable.map(description, fds[i]!, mapped))
-    } catch (error) {
-      for (const region of mapped) region.release()
-      throw error
+    const has = (bit: number): boolean => hasFeature(features, bit)
+    if (
+      has(wire.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS) &&
+      !(has(wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ) && has(wire.VHOST_USER_PROTOCOL_F_REPLY_ACK))
+    ) {
+      // vhost-user.rst "In-band notifications": to be answered by closing the connection, whatever NEED_REPLY says.
+      throw new ProtocolError('ERR_PROTOCOL_FEATURES', 'INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK', {
+        closes: true,
+      })
     }
-    await this.#exchangeMemory(mapped)
+    this.negotiated.protocolFeatures = features
   }
 
-  async addMemoryRegion(description: Parameters<typeof MemoryTable.map>[0], fd: number): Promise<void> {
-    if (this.host.network !== undefined && this.memory.hasAlready(description, fd)) return
-    const region = MemoryTable.map(description, fd, this.memory.regions)
-    this.memory.regions = [...this.memory.regions, region]
-    // Nothing goes away, so nothing has to stop.
-    await this.host.setMemory(this.memory.describe())
-  }
-
-  async removeMemoryRegion(gpa: bigint, uva: bigint, size: bigint): Promise<void> {
-    const region = this.memory.find(gpa, uva, size)
-    if (region === undefined) {
-      if (this.memory.excuses(gpa, uva, size)) return
-      throw new ProtocolError('ERR_PROTOCOL_MEMORY', 'no such region')
+  async setFeatures(features: bigint): Promise<void> {
+    const { negotiated } = this
+    const before = negotiated.features
+    if (this.rings.anyStarted && ((before ?? 0n) ^ features) & ~LOGGING) {
+      throw new ProtocolError('ERR_PROTOCOL_FEATURES', 'features changed while rings are started')
     }
-    await this.#exchangeMemory(this.memory.regions.filter((candidate) => candidate !== region))
+    negotiated.refused = true
+    const extra = features & ~this.host.features
+    if (extra !== 0n) throw new ProtocolError('ERR_PROTOCOL_FEATURES', `bits 0x${extra.toString(16)} were not offered`)
+    const translated = hasFeature(features, VIRTIO_F_ACCESS_PLATFORM)
+    // The channel itself may come later: misses wait for it.
+    if (translated && !negotiated.hasProtocol(wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ)) {
+      throw new ProtocolError('ERR_PROTOCOL_FEATURES', 'ACCESS_PLATFORM without BACKEND_REQ to ask for translations')
+    }
+    negotiated.refused = false
+    negotiated.features = features
+    // QEMU says the same again, or switches the log, while rings run: nothing that the device has to hear.
+    if (!this.rings.anyStarted) this.host.negotiated(features & ~LOGGING)
+    await this.exchange.setTranslated(translated)
+    await this.log.enable((features & LOGGING) !== 0n)
+    await this.rings.startReady()
   }
 
-  /** Puts `regions` in place of the present ones and releases those that are gone, once nothing is in flight. */
-  async #exchangeMemory(regions: MappedRegion[]): Promise<void> {
-    const gone = this.memory.regions.filter((region) => !regions.includes(region))
-    await this.host.pause()
-    this.memory.regions = regions
-    await this.host.setMemory(this.memory.describe())
-    for (const region of gone) region.release()
-    // A ring's addresses are the front-end's own: where they are in guest memory may have changed with the table.
-    for (const ring of this.rings) if (ring.started && !this.#sameAddresses(ring)) await this.#restart(ring)
-    await this.host.resume()
+  setStatus(status: bigint): void {
+    if (status > 0xffn) throw new ProtocolError('ERR_PROTOCOL_STATUS', `status 0x${status.toString(16)}`)
+    this.negotiated.status = Number(status)
+  }
+
+  /**
+   * RESET_DEVICE: all rings stopped and disabled, the device as after open; log, in-flight buffer and translations are
+   * gone. Memory, protocol features and the channel stay.
+   */
+  async resetDevice(): Promise<void> {
+    this.transfer.abort()
+    await this.rings.reset()
+    this.channel.forget()
+    this.configPending = false
+    this.negotiated.reset()
+    await this.log.reset()
+    await this.exchange.setTranslated(false)
+    this.#releaseInflight()
+    this.host.reset()
   }
 
   // ---- rings
 
-  /** The ring of a queue index from the wire. @throws ProtocolError */
-  ring(index: number): RingState {
-    const ring = this.rings[index]
-    if (ring !== undefined) return ring
-    const hint = this.host.network === undefined ? '' : '; the front-end wants more queue pairs than --queue-pairs'
-    throw new ProtocolError('ERR_PROTOCOL_VRING', `queue ${index} of ${this.rings.length}${hint}`)
+  /** @param num with GET_VRING_BASE_INFLIGHT what to do with what is in flight; before that bit, anything */
+  async getVringBase(index: number, num: number): Promise<number> {
+    const may = this.negotiated.hasProtocol(wire.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT)
+    // First 1 was to ask for it; as merged `num` is 0 and the back-end may choose; the newest has a message of its own.
+    // So 0 drains, which all of them allow. Without the bit DPDK leaves `num` uninitialised.
+    if (may && num > wire.VRING_BASE_KEEP_INFLIGHT) throw new ProtocolError('ERR_PROTOCOL_VRING', `num ${num}`)
+    return await this.rings.getBase(index, may && num === wire.VRING_BASE_KEEP_INFLIGHT)
   }
 
-  async setVringNum(index: number, size: number): Promise<void> {
-    const ring = this.#stopped(index, 'its size')
-    if (size === 0 || (size & (size - 1)) !== 0 || size > this.host.maxQueueSize) {
-      throw new ProtocolError(
-        'ERR_PROTOCOL_VRING',
-        `a ring of ${size} entries; a power of two up to ${this.host.maxQueueSize} is possible`
-      )
-    }
-    ring.size = size
-    await this.#startIfReady(ring)
+  getInflight(asked: wire.InflightDescription): ReturnType<typeof createInflight> {
+    return createInflight(asked, this.negotiated.packed, this.host.numQueues)
   }
 
-  setVringBase(index: number, base: number): void {
-    if (base > 0xffff) throw new ProtocolError('ERR_PROTOCOL_VRING', `avail index ${base}`)
-    this.#stopped(index, 'its base').base = base
+  /** SET_INFLIGHT_FD: for rings that start from now on; QEMU sends it before any. @param fd stays the caller's */
+  setInflight(description: wire.InflightDescription, fd: number): void {
+    if (this.rings.anyStarted) throw new ProtocolError('ERR_PROTOCOL_INFLIGHT', 'rings are started')
+    const buffer = new InflightBuffer(description, fd, this.negotiated.packed, this.host.numQueues)
+    this.rings.forgetDrained()
+    this.#releaseInflight()
+    this.inflight = buffer
   }
 
-  async setVringAddress(address: VringAddress): Promise<void> {
-    const ring = this.ring(address.index)
-    if (address.flags !== 0) throw new ProtocolError('ERR_PROTOCOL_VRING', 'logging was not negotiated')
-    const before = ring.address
-    ring.address = address
+  /** Takes over `fd`. */
+  async setLogFd(fd: number): Promise<void> {
     try {
-      if (ring.size > 0 && this.#features !== undefined) ring.configure(this.memory, this.#features)
+      checkEventfd(fd)
     } catch (error) {
-      ring.address = before
+      native.close(fd)
       throw error
     }
-    // QEMU sends the address again to switch logging; a ring that runs elsewhere now is drained first.
-    if (ring.started && !this.#sameAddresses(ring)) await this.#restart(ring)
-    else await this.#startIfReady(ring)
+    await this.log.setFd(fd)
   }
 
-  /** SET_VRING_KICK starts the ring (vhost-user.rst "Ring states"). */
-  async setVringKick(payload: bigint, fds: number[]): Promise<void> {
-    const { ring, fd } = this.#vringFd(payload, fds)
-    const old = ring.kickFd
-    ring.kickFd = fd
-    ring.kicked = true
+  // ---- the device
+
+  /** SET_DEVICE_STATE_FD. Takes over `fd`. */
+  transferState(direction: number, phase: number, fd: number): void {
     try {
-      if (ring.started) await this.host.setKick(ring.index, fd)
-      else await this.#startIfReady(ring)
-    } finally {
-      closeFd(old)
+      if (this.rings.anyStarted) throw new ProtocolError('ERR_PROTOCOL_STATE', 'rings are started')
+      if (phase !== wire.VHOST_TRANSFER_STATE_PHASE_STOPPED || direction > wire.VHOST_TRANSFER_STATE_DIRECTION_LOAD)
+        throw new ProtocolError('ERR_PROTOCOL_STATE', `direction ${direction}, phase ${phase}`)
+    } catch (error) {
+      native.close(fd)
+      throw error
     }
+    if (direction === wire.VHOST_TRANSFER_STATE_DIRECTION_SAVE) this.transfer.save(fd, () => this.host.saveState())
+    else this.transfer.load(fd, (state) => this.host.loadState(state))
   }
 
-  async setVringCall(payload: bigint, fds: number[]): Promise<void> {
-    const { ring, fd } = this.#vringFd(payload, fds)
-    const old = ring.callFd
-    ring.callFd = fd
-    try {
-      if (ring.started) await this.host.setCall(ring.index, fd)
-    } finally {
-      closeFd(old)
-    }
+  /** CHECK_DEVICE_STATE: waits for the transfer. @throws ProtocolError when it failed */
+  async checkState(): Promise<void> {
+    await this.transfer.check()
   }
-
-  setVringErr(payload: bigint, fds: number[]): void {
-    const { ring, fd } = this.#vringFd(payload, fds)
-    closeFd(ring.errFd)
-    ring.errFd = fd
-  }
-
-  async setVringEnable(index: number, enable: number): Promise<void> {
-    const ring = this.ring(index)
-    if (enable > 1) throw new ProtocolError('ERR_PROTOCOL_VRING', `enable ${enable}`)
-    ring.enabled = enable === 1
-    if (ring.started) await this.host.enableRing(index, this.#effectivelyEnabled(ring))
-  }
-
-  /** GET_VRING_BASE stops the ring once all that is in flight is done. */
-  async getVringBase(index: number): Promise<number> {
-    const ring = this.ring(index)
-    await this.#stop(ring)
-    ring.kicked = false
-    closeFd(ring.kickFd)
-    ring.kickFd = NO_FD
-    return ring.base
-  }
-
-  /** RESET_DEVICE: all rings stopped and disabled, the device as after open. Memory and protocol features stay. */
-  async resetDevice(): Promise<void> {
-    for (const ring of this.rings) {
-      await this.#stop(ring)
-      this.#closeFds(ring)
-      ring.reset()
-    }
-    this.#features = undefined
-    this.host.reset()
-  }
-
-  // ---- the rest
 
   getConfig(offset: number, size: number): Uint8Array | undefined {
-    if (offset + size > VHOST_USER_MAX_CONFIG_SIZE) return undefined
+    if (offset + size > wire.VHOST_USER_MAX_CONFIG_SIZE) return undefined
     // What lies behind the device's own fields reads as zero: front-ends ask for the size of their own struct.
-    const space = new Uint8Array(VHOST_USER_MAX_CONFIG_SIZE)
+    const space = new Uint8Array(wire.VHOST_USER_MAX_CONFIG_SIZE)
     space.set(this.host.config())
     return space.subarray(offset, offset + size)
   }
 
-  setConfig(offset: number, bytes: Uint8Array): void {
-    if (offset + bytes.length > VHOST_USER_MAX_CONFIG_SIZE || !this.host.writeConfig(offset, bytes)) {
+  /** @param flags VHOST_SET_CONFIG_TYPE_* */
+  setConfig(offset: number, bytes: Uint8Array, flags: number): void {
+    const migration = flags === wire.VHOST_SET_CONFIG_TYPE_MIGRATION
+    if (!migration && flags !== wire.VHOST_SET_CONFIG_TYPE_FRONTEND)
+      throw new ProtocolError('ERR_PROTOCOL_CONFIG', `flags 0x${flags.toString(16)}`)
+    if (offset + bytes.length > wire.VHOST_USER_MAX_CONFIG_SIZE || !this.host.writeConfig(offset, bytes, migration)) {
       throw new ProtocolError('ERR_PROTOCOL_CONFIG', `${bytes.length} bytes at ${offset} cannot be written`)
     }
-  }
-
-  setBackendChannel(fd: number): void {
-    const channel = new BackendChannel(fd)
-    this.#backend?.[Symbol.dispose]()
-    this.#backend = channel
   }
 
   /** SEND_RARP. @param mac the low six bytes of the payload */
@@ -366,111 +330,53 @@ export class Session {
     }
   }
 
-  get maxMemorySlots(): number {
-    return MAX_MEM_SLOTS
-  }
-
-  /** Whether the front-end truncated memory that we have mapped. */
-  get memoryFaulted(): boolean {
-    return this.memory.regions.some((region) => region.faulted)
-  }
-
   // ---- internals
 
-  #effectivelyEnabled(ring: RingState): boolean {
-    // Without VHOST_USER_F_PROTOCOL_FEATURES a ring is enabled from the start (vhost-user.rst "Ring states").
-    return ring.enabled || !hasFeature(this.#features ?? 0n, VHOST_USER_F_PROTOCOL_FEATURES)
+  get #inband(): boolean {
+    return this.negotiated.hasProtocol(wire.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
   }
 
-  #stopped(index: number, what: string): RingState {
-    const ring = this.ring(index)
-    if (ring.started) throw new ProtocolError('ERR_PROTOCOL_VRING', `queue ${index} is started, ${what} cannot change`)
-    return ring
+  get #replyAck(): boolean {
+    return this.negotiated.hasProtocol(wire.VHOST_USER_PROTOCOL_F_REPLY_ACK)
   }
 
-  /** The ring and the fd of SET_VRING_KICK, CALL or ERR; -1 when bit 8 says that there is none. Takes the fd. */
-  #vringFd(payload: bigint, fds: number[]): { ring: RingState; fd: number } {
-    try {
-      if (payload > BigInt(VHOST_USER_VRING_IDX_MASK | VHOST_USER_VRING_NOFD_MASK)) {
-        throw new ProtocolError('ERR_PROTOCOL_VRING', `payload 0x${payload.toString(16)}`)
-      }
-      const ring = this.ring(Number(payload) & VHOST_USER_VRING_IDX_MASK)
-      const none = (Number(payload) & VHOST_USER_VRING_NOFD_MASK) !== 0
-      if (fds.length !== (none ? 0 : 1)) throw new ProtocolError('ERR_PROTOCOL_FDS', `${fds.length} file descriptors`)
-      const fd = fds[0] ?? NO_FD
-      // Non-blocking, so that a counter which the front-end filled up cannot hold a write to it; anything but an
-      // eventfd is refused.
-      if (fd >= 0 && (!isEventfd(fd) || native.setNonblock(fd, true) < 0))
-        throw new ProtocolError('ERR_PROTOCOL_FDS', 'the fd is no eventfd')
-      return { ring, fd }
-    } catch (error) {
-      for (const fd of fds) native.close(fd)
-      throw error
+  async #next(): Promise<Message | undefined> {
+    for (;;) {
+      const message = await this.connection.read()
+      if (message !== 'interrupted') return message
+      if (await this.#suspension.park(this.connection)) return undefined
     }
   }
 
-  async #startIfReady(ring: RingState): Promise<void> {
-    if (ring.started || !ring.kicked || ring.address === undefined || ring.size === 0 || this.#features === undefined)
-      return
-    const vring = ring.configure(this.memory, this.#features)
-    await this.host.startRing(ring.index, {
-      vring,
-      features: this.#features,
-      kickFd: ring.kickFd,
-      callFd: ring.callFd,
-      enabled: this.#effectivelyEnabled(ring),
-    })
-    ring.started = true
-    ring.config = vring
-  }
-
-  async #stop(ring: RingState): Promise<void> {
-    if (!ring.started) return
-    ring.base = await this.host.stopRing(ring.index)
-    ring.started = false
-  }
-
-  async #restart(ring: RingState): Promise<void> {
-    await this.#stop(ring)
-    await this.#startIfReady(ring)
-  }
-
-  /** Whether a started ring is where its address says, in the present memory. */
-  #sameAddresses(ring: RingState): boolean {
-    try {
-      return ring.isAt(this.memory, this.#features ?? 0n)
-    } catch (error) {
-      // Its memory is gone: it breaks on its iothread, and the front-end is told there.
-      if (error instanceof ProtocolError) return true
-      throw error
-    }
-  }
-
-  #closeFds(ring: RingState): void {
-    closeFd(ring.kickFd)
-    closeFd(ring.callFd)
-    closeFd(ring.errFd)
+  #tellConfig(): void {
+    if (!this.configPending || !this.rings.anyStarted) return
+    this.configPending = false
+    this.channel.configChanged()
   }
 
   async #end(): Promise<void> {
     try {
-      for (const ring of this.rings) await this.#stop(ring)
-      await this.host.setMemory([])
+      this.transfer.abort()
+      await this.rings.stopAll()
+      await this.host.setLog(undefined, NO_FD)
+      await this.host.setMemory([], false)
     } finally {
-      for (const ring of this.rings) this.#closeFds(ring)
-      for (const region of this.memory.regions) region.release()
-      this.memory.regions = []
-      this.#backend?.[Symbol.dispose]()
-      this.connection[Symbol.dispose]()
+      this.#release()
       this.host.reset()
     }
   }
-}
 
-function closeFd(fd: number): void {
-  if (fd >= 0) native.close(fd)
-}
+  #release(): void {
+    this.rings.closeFds()
+    this.exchange.release()
+    this.log.release()
+    this.#releaseInflight()
+    this.channel[Symbol.dispose]()
+    this.connection[Symbol.dispose]()
+  }
 
-function isEventfd(fd: number): boolean {
-  return readlinkSync(`/proc/self/fd/${fd}`) === 'anon_inode:[eventfd]'
+  #releaseInflight(): void {
+    this.inflight?.area.release()
+    this.inflight = undefined
+  }
 }

@@ -36,11 +36,11 @@ describe('one device', () => {
         blk.publish()
       }
       connection.resetDevice()
-      const used = session.queues.map(({ driver }) => driver.usedIndex)
+      const used = session.queues.map(({ split }) => split.usedIndex)
       for (const { memory } of [session]) memory.region(0).bytes.fill(0x77, 4 * MIB, 12 * MIB)
       for (const queue of session.queues) queue.driver.kickRaw()
       sleepMs(5)
-      expect(session.queues.map(({ driver }) => driver.usedIndex)).toEqual(used)
+      expect(session.queues.map(({ split }) => split.usedIndex)).toEqual(used)
       expect(
         session.memory
           .region(0)
@@ -64,7 +64,7 @@ describe('one device', () => {
       const requests = Array.from({ length: 64 }, () => blk.submit(VIRTIO_BLK_T_IN, 0, NOTHING, 128 * 1024, {}, false))
       blk.publish()
       const base = queue.stop()
-      expect(queue.driver.usedIndex).toBe(base)
+      expect(queue.split.usedIndex).toBe(base)
       queue.start(base)
       queue.driver.kickRaw()
       blk.wait()
@@ -193,8 +193,8 @@ describe('four devices of one process', () => {
       const opened = open(socket(0), { queues: 2 })
       const { session } = opened
       for (const queue of session.queues) {
-        queue.driver.issueRaw(round * 10_000)
-        queue.driver.publishRaw(queue.driver.availableIndex + 3000 * round)
+        queue.split.issueRaw(round * 10_000)
+        queue.split.publishRaw(queue.split.availableIndex + 3000 * round)
       }
       // In round 0 it is a valid head with an empty descriptor: used or broken, as the device likes.
       for (const queue of session.queues) if (round > 0) expect(eventually(() => queue.broken())).toBe(true)

@@ -186,7 +186,7 @@ describe('SET_MEM_TABLE', () => {
 })
 
 describe('memory slots', () => {
-  test('509 are taken, the 510th is refused, and their fds are closed', () => {
+  test('509 are taken, with one fd each, the 510th is refused, and no fd is left of what is gone', () => {
     withMemfd(FILE, (fd) => {
       using connection = negotiated(current().socket)
       const slots = connection.getMaxMemSlots()
@@ -202,12 +202,15 @@ describe('memory slots', () => {
       })
       for (let i = 0; i < slots; i++) connection.addMemRegion(region(i))
       expect(current().mappings).toBe(509)
-      // A message and its fds go right after its answer.
-      expect(eventually(() => current().fds.length === before)).toBe(true)
+      // For a handover. A message and its fds go right after its answer.
+      expect(eventually(() => current().fds.length === before + slots)).toBe(true)
       expect(outcomeOf(() => connection.addMemRegion(region(slots)))).toBe('nack')
       connection.removeMemRegion(region(7))
       connection.addMemRegion(region(slots))
       expect(current().mappings).toBe(509)
+      expect(eventually(() => current().fds.length === before + slots)).toBe(true)
+      for (let i = 0; i < slots; i++) if (i !== 7) connection.removeMemRegion(region(i))
+      expect(eventually(() => current().fds.length === before + 1)).toBe(true)
     })
   })
 

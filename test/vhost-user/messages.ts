@@ -1,14 +1,22 @@
 /** Messages that no honest front-end sends, and what a back-end may do with them: answer, refuse (NACK), or hang up. */
 import { Connection } from '../../src/frontend/connection.ts'
 import { FrontendError } from '../../src/frontend/errors.ts'
-import { DRIVEN_PROTOCOL_FEATURES } from '../../src/frontend/session.ts'
 import { native } from '../../src/native.ts'
 import {
   HEADER_SIZE,
   VHOST_USER_NEED_REPLY_MASK,
+  VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+  VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+  VHOST_USER_PROTOCOL_F_REPLY_ACK,
   VHOST_USER_REPLY_MASK,
   VHOST_USER_VERSION,
 } from '../../src/vhost-user/wire.ts'
+import {
+  VHOST_F_LOG_ALL,
+  VIRTIO_F_ACCESS_PLATFORM,
+  VIRTIO_F_IN_ORDER,
+  VIRTIO_F_RING_PACKED,
+} from '../../src/virtio/constants.ts'
 import { featureSet } from '../../src/virtio/features.ts'
 import { eventually } from './backend.ts'
 
@@ -21,12 +29,19 @@ export interface NegotiateOptions {
   readonly timeoutMs?: number
 }
 
-/** A connection with everything negotiated, without memory and rings. */
+/** What makes rings other than those that the rows here speak of: split, and in the front-end's own addresses. */
+const OTHER_RINGS = featureSet(VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER)
+const NEEDED_BY_INBAND = [VHOST_USER_PROTOCOL_F_BACKEND_REQ, VHOST_USER_PROTOCOL_F_REPLY_ACK]
+
+/** A connection with everything negotiated that is offered, but for other kinds of rings; without memory and rings. */
 export function negotiated(socket: string, options: NegotiateOptions = {}): Connection & Disposable {
   const connection = Connection.connect(socket, { timeoutMs: options.timeoutMs ?? 3000 })
-  const features = connection.getFeatures()
-  const without = featureSet(...(options.withoutProtocolFeatures ?? []))
-  connection.setProtocolFeatures(connection.getProtocolFeatures() & DRIVEN_PROTOCOL_FEATURES & ~without)
+  const features = connection.getFeatures() & ~OTHER_RINGS
+  const without = options.withoutProtocolFeatures ?? []
+  const inband = NEEDED_BY_INBAND.some((bit) => without.includes(bit))
+    ? [VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS]
+    : []
+  connection.setProtocolFeatures(connection.getProtocolFeatures() & ~featureSet(...without, ...inband))
   connection.setOwner()
   if (options.withoutFeatures !== true) connection.setFeatures(features)
   return Object.assign(connection, { [Symbol.dispose]: () => connection.close() })

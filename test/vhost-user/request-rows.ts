@@ -57,6 +57,20 @@ const empty = { payload: NOTHING, size: none, fds: none }
 const word = { payload: payload64(0n), size: [8, 8] as const, fds: none }
 const state = { payload: vringState(0, 256), size: [8, 8] as const, fds: none }
 
+/** GET_INFLIGHT_FD and SET_INFLIGHT_FD. */
+export function inflight(fields: Partial<wire.InflightDescription> = {}, bytes = 20): Uint8Array {
+  const payload = new Uint8Array(bytes)
+  const all = { mmapSize: 0n, mmapOffset: 0n, numQueues: 2, queueSize: 256, ...fields }
+  wire.writeInflight(new DataView(payload.buffer), 0, all)
+  return payload
+}
+
+export function log(size: bigint, offset: bigint): Uint8Array {
+  const payload = new Uint8Array(wire.LOG_DESCRIPTION_SIZE)
+  wire.writeLog(new DataView(payload.buffer), 0, { size, offset })
+  return payload
+}
+
 export const REQUEST_ROWS: readonly RequestRow[] = [
   { request: wire.VHOST_USER_GET_FEATURES, ...empty, replies: true },
   { request: wire.VHOST_USER_SET_FEATURES, ...word },
@@ -66,7 +80,7 @@ export const REQUEST_ROWS: readonly RequestRow[] = [
   { request: wire.VHOST_USER_SET_VRING_NUM, ...state },
   { request: wire.VHOST_USER_SET_VRING_ADDR, payload: address({}), size: [40, 40], fds: none },
   { request: wire.VHOST_USER_SET_VRING_BASE, ...state },
-  { request: wire.VHOST_USER_GET_VRING_BASE, ...state, replies: true },
+  { request: wire.VHOST_USER_GET_VRING_BASE, ...state, payload: vringState(0, 0), replies: true },
   // With the "no fd" flag none is due, without it exactly one.
   { request: wire.VHOST_USER_SET_VRING_KICK, ...word, fds: [1, 1] },
   { request: wire.VHOST_USER_SET_VRING_CALL, ...word, fds: [1, 1] },
@@ -99,6 +113,66 @@ export const REQUEST_ROWS: readonly RequestRow[] = [
   // For network cards: with any other device their protocol features are never negotiated.
   { request: wire.VHOST_USER_SEND_RARP, ...word, feature: wire.VHOST_USER_PROTOCOL_F_RARP },
   { request: wire.VHOST_USER_NET_SET_MTU, ...word, feature: wire.VHOST_USER_PROTOCOL_F_MTU },
+  {
+    request: wire.VHOST_USER_SET_LOG_BASE,
+    payload: log(4096n, 0n),
+    size: [16, 16],
+    fds: [1, 1],
+    replies: true,
+    feature: wire.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+  },
+  {
+    request: wire.VHOST_USER_SET_LOG_FD,
+    ...empty,
+    size: [0, 8],
+    fds: [1, 1],
+    feature: wire.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+  },
+  {
+    request: wire.VHOST_USER_IOTLB_MSG,
+    payload: new Uint8Array(32),
+    size: [26, 32],
+    fds: none,
+    replies: true,
+  },
+  {
+    request: wire.VHOST_USER_GET_INFLIGHT_FD,
+    payload: inflight(),
+    size: [20, 24],
+    fds: none,
+    replies: true,
+    feature: wire.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+  },
+  {
+    request: wire.VHOST_USER_SET_INFLIGHT_FD,
+    payload: inflight({ mmapSize: 2n ** 20n }),
+    size: [20, 24],
+    fds: [1, 1],
+    feature: wire.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+  },
+  {
+    request: wire.VHOST_USER_VRING_KICK,
+    payload: vringState(0, 0),
+    size: [8, 8],
+    fds: none,
+    feature: wire.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+  },
+  { request: wire.VHOST_USER_SET_STATUS, ...word, feature: wire.VHOST_USER_PROTOCOL_F_STATUS },
+  { request: wire.VHOST_USER_GET_STATUS, ...empty, replies: true, feature: wire.VHOST_USER_PROTOCOL_F_STATUS },
+  {
+    request: wire.VHOST_USER_SET_DEVICE_STATE_FD,
+    payload: new Uint8Array(8),
+    size: [8, 8],
+    fds: [1, 1],
+    replies: true,
+    feature: wire.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+  },
+  {
+    request: wire.VHOST_USER_CHECK_DEVICE_STATE,
+    ...empty,
+    replies: true,
+    feature: wire.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+  },
   { request: wire.VHOST_USER_RESET_DEVICE, ...empty, feature: wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE },
   {
     request: wire.VHOST_USER_GET_MAX_MEM_SLOTS,

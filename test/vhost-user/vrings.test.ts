@@ -184,7 +184,8 @@ describe('ring addresses', () => {
     'user address 2^63': { available: 2n ** 63n },
     'a guest address instead of a user address': { descriptor: REGION.guestAddress },
     'all zero': { descriptor: 0n, available: 0n, used: 0n },
-    logging: { flags: 1 },
+    'a log address beyond 2^53': { flags: 1, log: 2n ** 53n + 1n },
+    'flags that nobody defined, low': { flags: 2 },
     'flags that nobody defined': { flags: 0x8000_0000 },
   }
   test.each(Object.entries(rows))('%s', (_, change) => {
