@@ -3,6 +3,7 @@
  * config space (virtio 1.3 §5.2.4).
  */
 import { closeSync, constants, fstatSync, openSync, statSync } from 'node:fs'
+import { setTimeout as sleep } from 'node:timers/promises'
 import {
   API_VERSION,
   ConfigError,
@@ -19,6 +20,9 @@ import { type BlkOptions, blkOptions } from './options.ts'
 import { type BlkQueueData, BlkState, ERRORS, MAX_RANGE_SECTORS, MAX_RANGES, OPERATIONS } from './shared.ts'
 
 const VIRTIO_ID_BLOCK = 2
+
+/** How long it is tried to lock the file. */
+const LOCK_PATIENCE_MS = 2000
 
 /** Data segments of one request: header and status added they fit the 128 descriptors of QEMU's default ring. */
 const SEG_MAX = 126
@@ -127,6 +131,20 @@ class BlkDevice implements Device<BlkQueueData> {
     this.#state.writeback = this.#options.cache !== 'writethrough'
   }
 
+  /** What the driver switched, and would not switch again elsewhere. */
+  saveState(): Uint8Array {
+    return new TextEncoder().encode(JSON.stringify({ writeback: this.#state.writeback }))
+  }
+
+  /** @throws Error when it is no state of a disk */
+  loadState(bytes: Uint8Array): void {
+    const state: unknown = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes))
+    const { writeback } = (state ?? {}) as { writeback?: unknown }
+    if (typeof writeback !== 'boolean')
+      throw new Error('no state of a disk: it does not say whether it has a write cache')
+    this.#state.writeback = writeback
+  }
+
   /** The image may have been resized; a part of a block at its end is not used. */
   refresh(): boolean {
     const { size } = this.#host.fileInfo(this.#fd)
@@ -150,26 +168,48 @@ class BlkDevice implements Device<BlkQueueData> {
   }
 
   close(): void {
+    this.#host.handover.forget(fileKey(this.#host))
     closeSync(this.#fd)
   }
 }
 
+/** Under which a successor gets the open file. */
+function fileKey(host: DeviceHost): string {
+  return `blk:${host.name}`
+}
+
+/**
+ * A process that was killed has its locks until the kernel is through with its last reads, writes and flushes. That is
+ * waited for: who starts at once in its place would be refused otherwise, and a write of it must not come after ours.
+ * @throws ConfigError when somebody alive has the lock, as far as can be seen in {@link LOCK_PATIENCE_MS}
+ */
+async function lock(fd: number, options: BlkOptions, host: DeviceHost): Promise<void> {
+  const deadline = performance.now() + LOCK_PATIENCE_MS
+  while (!host.lockFile(fd, !options['read-only'])) {
+    if (performance.now() < deadline) {
+      await sleep(10)
+      continue
+    }
+    throw new ConfigError(
+      'ERR_BLK_FILE_LOCKED',
+      '--blk-file',
+      `${options['blk-file']} is locked: another process or another device serves it`,
+      'Stop the other one; several may share a file only when all of them have --read-only, or --lock off for a migration.'
+    )
+  }
+}
+
 /** Opens, locks and examines the file. @throws ConfigError */
-function open(options: BlkOptions, host: DeviceHost): BlkDevice {
+async function open(options: BlkOptions, host: DeviceHost): Promise<BlkDevice> {
   const path = options['blk-file']
-  const fd = openFile(path, options)
+  // The predecessor's open file has the lock, which nobody else can take meanwhile; and it stays the guest's disk,
+  // whatever the path names by now.
+  const [inherited] = host.handover.take(fileKey(host))?.fds ?? []
+  const fd = inherited ?? openFile(path, options)
   try {
     const info = host.fileInfo(fd)
     if (info.kind === 'other') throw kindError(path)
-    if (!host.lockFile(fd, !options['read-only'])) {
-      const fix = 'Stop the other one; several may share a file only when all of them have --read-only.'
-      throw new ConfigError(
-        'ERR_BLK_FILE_LOCKED',
-        '--blk-file',
-        `${path} is locked: another process or another device serves it`,
-        fix
-      )
-    }
+    if (inherited === undefined && options.lock === 'on') await lock(fd, options, host)
     const size = blockSize(options, info)
     if (info.size === 0 || info.size % size !== 0) {
       const fix = `Make its size a multiple, e.g. with: truncate -s %${size} ${path}`
@@ -182,7 +222,9 @@ function open(options: BlkOptions, host: DeviceHost): BlkDevice {
         info.size === 0 ? `Give it a size, e.g. with: truncate -s 1G ${path}` : fix
       )
     }
-    return new BlkDevice(options, host, fd, info)
+    const device = new BlkDevice(options, host, fd, info)
+    host.handover.keep(fileKey(host), [fd], {})
+    return device
   } catch (error) {
     closeSync(fd)
     throw error

@@ -59,6 +59,17 @@ export const blkOptions = v.strictObject({
       v.metadata({ placeholder: 'BYTES', size: true, unset: "the file's own, 512 for most" })
     )
   ),
+  lock: v.optional(
+    v.pipe(
+      v.picklist(['on', 'off']),
+      v.description(
+        'Lock the file against a second writer; off where two daemons must have it open, as at both ends of a live ' +
+          'migration'
+      ),
+      v.metadata({ placeholder: 'on|off' })
+    ),
+    'on'
+  ),
   discard: v.exactOptional(
     v.pipe(
       v.picklist(['on', 'off']),

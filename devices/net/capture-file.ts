@@ -2,19 +2,30 @@
  * A device's capture, on the control thread: it empties the rings of all its queues (capture.ts) into pcapng files
  * (pcapng.ts), and keeps these bounded. It must not know queues or chains.
  *
- * FILE is what is being written, always; when it is full it becomes FILE.1, what was FILE.1 becomes FILE.2 (as logrotate
- * does it), and the oldest goes. Each is a complete pcapng: one section, one interface with the device's name, at its end
- * the statistics of this file with the packets that were lost. A start replaces all of them, so that no packets of an
- * earlier capture are among them. Only the owner may read them, since they hold what guests say to one another.
+ * FILE is what is being written, always; when it is full it becomes FILE.1, what was FILE.1 becomes FILE.2 (as
+ * logrotate does it), and the oldest goes. Each is a complete pcapng: one section, one interface with the device's
+ * name, at its end the statistics of this file with the packets that were lost. A start replaces all of them, so that
+ * no packets of an earlier capture are among them; only a process that takes over from another one appends a section of
+ * its own to FILE. Only the owner may read them, since they hold what guests say to one another.
  *
- * Direction is the guest's: outbound is what it sends, as in a capture inside the guest or of QEMU's filter-dump. Frames
- * are as the guest sees them: with offloads their checksums are not there yet and they are larger than the MTU. Times are
- * those of the wall clock when the daemon started plus monotonic time: they never go back.
+ * Direction is the guest's: outbound is what it sends, as in a capture inside the guest or of QEMU's filter-dump.
+ * Frames are as the guest sees them: with offloads their checksums are not there yet and they are larger than the MTU.
+ * Times are those of the wall clock when the daemon started plus monotonic time: they never go back.
  *
- * Writing is synchronous: a disk that is slow holds up the control thread, never the iothreads, which count as lost what
- * does not fit their rings.
+ * Writing is synchronous: a disk that is slow holds up the control thread, never the iothreads, which count as lost
+ * what does not fit their rings.
  */
-import { closeSync, constants, ftruncateSync, lstatSync, openSync, renameSync, unlinkSync, writeSync } from 'node:fs'
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  ftruncateSync,
+  lstatSync,
+  openSync,
+  renameSync,
+  unlinkSync,
+  writeSync,
+} from 'node:fs'
 import { resolve } from 'node:path'
 import { ConfigError, type DeviceLogger } from '../../src/device/index.ts'
 import { CaptureReader } from './capture.ts'
@@ -38,6 +49,8 @@ export interface CaptureOptions {
   readonly files: number
   /** Bytes that are kept of each packet, 1 or more. */
   readonly snaplen: number
+  /** Continue FILE and its predecessors, if they are there, instead of replacing them. */
+  readonly append?: boolean
 }
 
 /** All of them since the start. */
@@ -130,7 +143,7 @@ class RunningCapture implements Capture {
     this.#preamble = Buffer.concat([section, interfaceDescription(name, snaplen)])
     this.#readers = buffers.map((buffer) => new CaptureReader(buffer))
     this.#lostSeen = this.#readers.map((reader) => reader.lost)
-    this.#begin()
+    this.#begin(options.append === true)
     for (const reader of this.#readers) reader.enable(snaplen)
     this.#schedule(INTERVAL)
   }
@@ -155,7 +168,7 @@ class RunningCapture implements Capture {
     if (lost > 0) this.#log.warn({ packets, lost, file: this.#names[0] }, 'packets are missing from the capture')
   }
 
-  #begin(): void {
+  #begin(append: boolean): void {
     const [file] = this.#names
     const taken = this.#names.find((path) => namesInUse.has(path))
     if (taken !== undefined) {
@@ -168,8 +181,12 @@ class RunningCapture implements Capture {
     }
     try {
       // All of them are looked at before one is touched.
-      for (const path of this.#names.filter(isRegular)) unlinkSync(path)
-      this.#create()
+      const present = this.#names.filter(isRegular)
+      if (append && present[0] === file) this.#continue(present.length)
+      else {
+        if (!append) for (const path of present) unlinkSync(path)
+        this.#create()
+      }
     } catch (error) {
       const { code, message } = error as NodeJS.ErrnoException
       throw new ConfigError(
@@ -274,6 +291,26 @@ class RunningCapture implements Capture {
     for (let age = last; age > 0; age--) ignoringMissing(() => renameSync(names[age - 1]!, names[age]!))
     if (last === 0) ignoringMissing(() => unlinkSync(names[0]!))
     this.#create()
+  }
+
+  /** Begins a section of our own behind what is in FILE, or in the next file when it is full. */
+  #continue(files: number): void {
+    this.#files = files
+    const fd = openSync(this.#names[0]!, constants.O_WRONLY | constants.O_APPEND | constants.O_NOFOLLOW)
+    try {
+      const { size } = fstatSync(fd)
+      if (size + this.#preamble.length + this.#statisticsBytes + packetLength(3) > this.#maxBytes) {
+        this.#rotate()
+        closeSync(fd)
+        return
+      }
+      writeAll(fd, this.#preamble, this.#preamble.length)
+      this.#fd = fd
+      this.#written = size + this.#preamble.length
+    } catch (error) {
+      closeSync(fd)
+      throw error
+    }
   }
 
   #create(): void {

@@ -1,7 +1,7 @@
 /**
- * When a device's capture runs: from the first ring that is started until the device is closed. Opening a device only
- * looks whether the file can be had, so that `--check-config` and `qemu-args` beside a running daemon leave its capture
- * alone. It must not know packets.
+ * When a device's capture runs: from the first ring that is started until the device is closed; a handover to a new
+ * process continues the same file. Opening a device only looks whether the file can be had, so that `--check-config`
+ * and `qemu-args` beside a running daemon leave its capture alone. It must not know packets.
  */
 import { accessSync, constants, lstatSync } from 'node:fs'
 import { dirname, resolve } from 'node:path'
@@ -20,6 +20,10 @@ export class CaptureTask {
   readonly #host: DeviceHost
   readonly #file: string
   #started = false
+  /** Files of a capture before this one are continued, not replaced. */
+  #continues = false
+  /** A predecessor still writes the file. */
+  #held: boolean
   #capture: Capture | undefined
 
   /**
@@ -37,26 +41,59 @@ export class CaptureTask {
     }
     ofDaemon.add(this.#file)
     this.buffers = Array.from({ length: queues }, () => allocateCapture())
+    const key = `pcap:${host.name}`
+    this.#held = host.handover.take(key) !== undefined
+    host.handover.keep(key, [], {})
+  }
+
+  /** It has been started, by a ring. */
+  get started(): boolean {
+    return this.#started
   }
 
   /** Once; a capture that can't be started is told in the log, and the device goes on without. */
   start(): void {
     if (this.#started) return
     this.#started = true
+    if (!this.#held) this.#begin()
+  }
+
+  /** Finishes the file; what comes later, here or in a successor, is appended to it. */
+  letGo(): void {
+    this.#held = true
+    this.#capture?.close()
+    this.#capture = undefined
+  }
+
+  /** The file is ours again, or was passed on. */
+  takeOver(): void {
+    if (!this.#held) return
+    this.#held = false
+    if (this.#started) this.#begin()
+  }
+
+  /** A start, here or in the process before this one, has created the files: they are continued. */
+  continue(): void {
+    this.#continues = true
+  }
+
+  #begin(): void {
     const { 'pcap-size': maxBytes, 'pcap-files': files, 'pcap-snaplen': snaplen } = this.#options
     try {
       this.#capture = startCapture(
-        { file: this.#file, maxBytes, files, snaplen },
+        { file: this.#file, maxBytes, files, snaplen, append: this.#continues },
         this.buffers,
         this.#host.name,
         this.#host.log
       )
+      this.#continues = true
     } catch (error) {
       this.#host.log.error({ file: this.#file, error: (error as Error).message }, 'the capture cannot be started')
     }
   }
 
   close(): void {
+    this.#host.handover.forget(`pcap:${this.#host.name}`)
     this.#capture?.close()
     claimed.get(this.#host.daemon)?.delete(this.#file)
   }

@@ -22,6 +22,7 @@ import { headerSize } from './header.ts'
 import { METRICS, queueSamples, switchSamples } from './metrics.ts'
 import { macBytes, type NetOptions, netOptions, tapFds } from './options.ts'
 import { allocateCounters, type NetMessage, type NetQueueData, type NetReport } from './shared.ts'
+import { decodeState, encodeState } from './state.ts'
 import { joinSwitch, type SwitchPort } from './switches.ts'
 import { adoptTap, openTap, type Tap } from './tap.ts'
 
@@ -174,6 +175,47 @@ class NetDevice implements Device<NetQueueData> {
     this.#mac.set(macBytes(this.#options) ?? new Uint8Array(MAC_SIZE))
     this.#link.tap?.setFeatures(0n)
     this.#attachQueues()
+  }
+
+  /** What the driver commanded, beside its features, which decide about the tap. */
+  saveState(): Uint8Array {
+    return encodeState({
+      features: this.#features,
+      mac: this.#mac,
+      announcing: this.#announcing,
+      pairsInUse: this.#pairsInUse,
+      offloads: this.#offloads,
+      capturing: this.#capture?.started === true,
+    })
+  }
+
+  /** @throws Error when it is no state of such a card */
+  loadState(bytes: Uint8Array): void {
+    const state = decodeState(bytes, this.#pairs)
+    this.#features = state.features
+    this.#mac.set(state.mac)
+    this.#announcing = state.announcing
+    this.#pairsInUse = state.pairsInUse
+    this.#offloads = state.offloads
+    // SET_FEATURES may come before or after it: with the same features it changes nothing any more.
+    this.#link.tap?.setFeatures(state.features)
+    if (state.offloads !== undefined) this.#link.tap?.setOffloads(state.offloads)
+    this.#attachQueues()
+    if (state.capturing) this.#capture?.continue()
+  }
+
+  letGo(): void {
+    this.#capture?.letGo()
+  }
+
+  takeBack(): void {
+    this.#capture?.takeOver()
+  }
+
+  takeOver(): void {
+    this.#link.tap?.takeOver()
+    this.#link.port?.takeOver()
+    this.#capture?.takeOver()
   }
 
   ringActive(queueIndex: number, active: boolean): void {

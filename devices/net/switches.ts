@@ -55,6 +55,11 @@ export class SwitchPort {
     return this.#switch.ports.find((port) => port !== undefined) === this
   }
 
+  /** The predecessor has let go of the uplink. */
+  takeOver(): void {
+    this.#switch.uplink?.takeOver()
+  }
+
   /** Its queues have been stopped. */
   leave(): void {
     this.#switch.ports[this.number] = undefined

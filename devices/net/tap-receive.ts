@@ -1,8 +1,8 @@
 /**
  * From a tap to the guest: the kernel reads packets straight into the guest's chains, header included. Where the chains
- * don't suffice for the largest packet that may come, one packet at a time goes through a buffer of ours, so that none is
- * cut and none is lost while the guest is slow: the rest waits in the tap. (One that is larger than the tap's MTU was when the ring started
- * is cut, for a driver that takes neither merged buffers nor segmentation.)
+ * don't suffice for the largest packet that may come, one packet at a time goes through a buffer of ours, so that none
+ * is cut and none is lost while the guest is slow: the rest waits in the tap. (One that is larger than the tap's MTU
+ * was when the ring started is cut, for a driver that takes neither merged buffers nor segmentation.)
  */
 import { type Chain, hasFeature, type QueueContext, type ReceiveHandler } from '../../src/device/index.ts'
 import * as net from '../../src/device/virtio-net.ts'
@@ -43,6 +43,8 @@ export class TapReceive implements ReceiveHandler {
   readonly #largest: number
   /** The driver takes flags (GUEST_CSUM). */
   readonly #flags: boolean
+  /** The chains of the packet at hand. They are pooled: what stays in it costs nothing. */
+  readonly #filled: Chain[] = []
   /** Bytes of the packet in the buffer that waits for chains, 0 = none. */
   #pending = 0
   #watching = false
@@ -142,21 +144,33 @@ export class TapReceive implements ReceiveHandler {
   /** The kernel has filled the oldest chains with a packet of `size` bytes. */
   #give(size: number): void {
     const { headerSize, mergeable } = this.#receiver
+    const filled = this.#filled
     const first = this.#packets.shift()
-    if (this.#capture !== undefined) this.#beginCapture(first, size)
-    let left = size - first.writable
+    filled[0] = first
     let count = 1
-    this.#context.give(first, Math.min(size, first.writable))
-    while (left > 0 && mergeable) {
+    for (let left = size - first.writable; left > 0 && mergeable; count++) {
       const chain = this.#packets.shift()
+      filled[count] = chain
+      left -= chain.writable
+    }
+    // Before the chain is given back: what is written to it later is in no dirty log.
+    this.#finishHeader(first, count)
+    if (this.#capture !== undefined) this.#beginCapture(first, size)
+    let left = size
+    for (let i = 0; i < count; i++) {
+      const chain = filled[i]!
       const written = Math.min(left, chain.writable)
-      if (this.#capturing) this.#capture!.addWritable(chain, 0, written)
+      if (this.#capturing && i > 0) this.#capture!.addWritable(chain, 0, written)
       this.#context.give(chain, written)
       left -= written
-      count++
     }
     if (this.#capturing) this.#capture!.commit()
     this.#counters.packets(1, size - headerSize)
+  }
+
+  /** What the kernel leaves to us in the header of a packet in `count` chains. */
+  #finishHeader(first: Chain, count: number): void {
+    const { headerSize } = this.#receiver
     // The kernel says DATA_VALID of what a card of the host has checked, to any driver (virtio 1.3 §5.1.6.4.1).
     if (!this.#flags) first.writeU8(net.VIRTIO_NET_HDR_FLAGS, 0)
     const offset = first.offset[first.readableCount]!

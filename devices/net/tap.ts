@@ -1,7 +1,7 @@
 /**
- * A tap's queues on the control thread: opening them or taking them over, what is told to the kernel about the reader of
- * the packets (header size, offloads, which queues take part), and leaving the tap as it was found. Packets move on the
- * iothreads. It must not know rings, switches or the config space.
+ * A tap's queues on the control thread: opening them or taking them over, what is told to the kernel about the reader
+ * of the packets (header size, offloads, which queues take part), and leaving the tap as it was found. Packets move on
+ * the iothreads. It must not know rings, switches or the config space.
  */
 import { closeSync, readFileSync } from 'node:fs'
 import {
@@ -45,20 +45,65 @@ export class Tap {
   /** What the kernel can leave to the reader of the tap: feature bits VIRTIO_NET_F_GUEST_*. */
   readonly features: bigint
   readonly #host: DeviceHost
+  /** Under which a successor gets it. */
+  readonly #key: string
   readonly #headerSizeBefore: number
+  // What the kernel is told, or will be by `takeOver`.
   readonly #attached: boolean[]
+  #headerSize: number
+  #offloads = 0
+  /** A predecessor still reads the tap: it stays as it is until `takeOver`. */
+  #held: boolean
+  readonly #ownsFds: boolean
 
-  /** Everything about the tap itself has been checked. @throws ConfigError when two of the fds are one queue */
-  constructor(host: DeviceHost, fds: readonly number[], info: TapInfo, origin: Origin) {
+  /**
+   * Everything about the tap itself has been checked.
+   * @param key as DeviceHost.handover takes it
+   * @param before what the predecessor knew of it, whose fds these are
+   */
+  constructor(
+    host: DeviceHost,
+    key: string,
+    fds: readonly number[],
+    info: TapInfo,
+    origin: Origin,
+    before?: InheritedTap
+  ) {
     this.#host = host
+    this.#key = key
     this.name = info.name
     this.fds = fds
     this.origin = origin
     this.multiQueue = info.multiQueue
-    this.#headerSizeBefore = info.headerSize
+    this.#headerSizeBefore = before?.headerSizeBefore ?? info.headerSize
+    this.#headerSize = info.headerSize
     this.#attached = fds.map(() => true)
-    this.features = this.#probe()
+    this.#held = before !== undefined
+    this.#ownsFds = origin !== 'inherited' || before !== undefined
+    this.features = before?.features ?? this.#probe()
     this.setFeatures(0n)
+    const facts = { origin, headerSizeBefore: this.#headerSizeBefore, features: this.features.toString(16) }
+    host.handover.keep(key, fds, facts)
+  }
+
+  /**
+   * The predecessor has let go: what was asked for until now takes effect. Packets that wait stay, if they are in the
+   * same format.
+   */
+  takeOver(): void {
+    if (!this.#held) return
+    this.#held = false
+    const { network } = this.#host
+    const infos = this.fds.map((fd) => network.tapInfo(fd))
+    const reformatted = infos.some((info) => typeof info !== 'number' && info.headerSize !== this.#headerSize)
+    this.#tell('header size', network.setTapHeaderSize(this.fds[0]!, this.#headerSize))
+    this.#tell('offloads', network.setTapOffloads(this.fds[0]!, this.#offloads))
+    if (reformatted) this.#discard()
+    for (const [queue, info] of infos.entries()) {
+      const wanted = this.#attached[queue]!
+      if (!this.multiQueue || typeof info === 'number' || info.attached === wanted) continue
+      this.#tell('queue', network.setTapQueue(this.fds[queue]!, wanted))
+    }
   }
 
   /**
@@ -69,24 +114,26 @@ export class Tap {
     this.setHeaderSize(headerSize(features))
     this.setOffloads(features)
     // What waits is as the driver before it wanted it: with longer headers, or unfinished.
-    for (const fd of this.fds) this.#host.network.discardPackets(fd)
+    if (!this.#held) this.#discard()
   }
 
   /** @param size of the virtio-net header: 10 or 12 bytes */
   setHeaderSize(size: number): void {
-    this.#tell('header size', this.#host.network.setTapHeaderSize(this.fds[0]!, size))
+    this.#headerSize = size
+    if (!this.#held) this.#tell('header size', this.#host.network.setTapHeaderSize(this.fds[0]!, size))
   }
 
   /** @param features VIRTIO_NET_F_GUEST_*: what is left to the reader, as far as the kernel can */
   setOffloads(features: bigint): void {
-    this.#tell('offloads', this.#host.network.setTapOffloads(this.fds[0]!, offloads(features & this.features)))
+    this.#offloads = offloads(features & this.features)
+    if (!this.#held) this.#tell('offloads', this.#host.network.setTapOffloads(this.fds[0]!, this.#offloads))
   }
 
   /** A queue that doesn't take part gets no packets from the kernel. A tap with a single queue has it always. */
   setAttached(queue: number, attached: boolean): void {
     if (!this.multiQueue || this.#attached[queue] === attached) return
     this.#attached[queue] = attached
-    this.#tell('queue', this.#host.network.setTapQueue(this.fds[queue]!, attached))
+    if (!this.#held) this.#tell('queue', this.#host.network.setTapQueue(this.fds[queue]!, attached))
   }
 
   /** Of the link now, in bytes; the largest there can be when it is in another network namespace. */
@@ -95,7 +142,10 @@ export class Tap {
     return typeof link === 'number' ? MAX_MTU : link.mtu
   }
 
-  /** Sets the link's MTU. Returns whether packets of that size pass: it has this MTU or a larger one, or nobody can tell. */
+  /**
+   * Sets the link's MTU. Returns whether packets of that size pass: it has this MTU or a larger one, or nobody can
+   * tell.
+   */
   tryMtu(mtu: number): boolean {
     const { network } = this.#host
     // The link of an inherited fd may be in another network namespace, and another one of that name in ours.
@@ -111,17 +161,22 @@ export class Tap {
   }
 
   /**
-   * Lets go of it. A tap that was made here is gone with its last fd; of another one what lies between us and the kernel
-   * is as it was (MTU, bridge and being up were asked for, and stay). Inherited fds are not closed: they are of who
-   * opened them.
+   * Lets go of it. A tap that was made here is gone with its last fd; of another one what lies between us and the
+   * kernel is as it was (MTU, bridge and being up were asked for, and stay). Inherited fds are not closed: they are of
+   * who opened them, unless a predecessor passed them on.
    */
   close(): void {
-    if (this.origin !== 'created') {
+    this.#host.handover.forget(this.#key)
+    if (this.origin !== 'created' && !this.#held) {
       for (const queue of this.fds.keys()) this.setAttached(queue, true)
       this.setHeaderSize(this.#headerSizeBefore)
       this.setOffloads(0n)
     }
-    if (this.origin !== 'inherited') for (const fd of this.fds) closeSync(fd)
+    if (this.#ownsFds) for (const fd of this.fds) closeSync(fd)
+  }
+
+  #discard(): void {
+    for (const fd of this.fds) this.#host.network.discardPackets(fd)
   }
 
   /** Which offloads the kernel knows: it refuses what it does not. */
@@ -174,6 +229,9 @@ export interface LinkSettings {
  * @throws ConfigError
  */
 export function openTap(host: DeviceHost, option: string, name: string, pairs: number, settings: LinkSettings): Tap {
+  const key = `tap:${name}`
+  const passedOn = inheritTap(host, option, key, pairs)
+  if (passedOn !== undefined) return passedOn
   const { network } = host
   const link = network.link(name)
   const exists = typeof link !== 'number'
@@ -193,7 +251,7 @@ export function openTap(host: DeviceHost, option: string, name: string, pairs: n
     const kind = kindProblem(info)
     if (kind !== undefined) throw configError(option, kind)
     setUp(host, option, name, settings)
-    const tap = new Tap(host, fds, info, exists ? 'existing' : 'created')
+    const tap = new Tap(host, key, fds, info, exists ? 'existing' : 'created')
     host.log.info({ tap: name, queues: pairs, created: !exists }, 'tap opened')
     return tap
   } catch (error) {
@@ -227,6 +285,9 @@ function openFirst(host: DeviceHost, option: string, name: string, exists: boole
 export function adoptTap(host: DeviceHost, fds: readonly number[], settings: LinkSettings): Tap {
   const { network } = host
   const option = '--tap-fd'
+  const key = `tap-fd:${fds.join()}`
+  const passedOn = inheritTap(host, option, key, fds.length)
+  if (passedOn !== undefined) return passedOn
   const fail = (problem: string, fix: string): ConfigError => configError(option, ['ERR_NET_TAP_FD', problem, fix])
   let first: TapInfo | undefined
   for (const [index, fd] of fds.entries()) {
@@ -249,9 +310,46 @@ export function adoptTap(host: DeviceHost, fds: readonly number[], settings: Lin
   }
   if (fds.length > 1) refuseTwins(host, fds, fail)
   setUpInherited(host, option, first!.name, settings)
-  const tap = new Tap(host, fds, first!, 'inherited')
+  const tap = new Tap(host, key, fds, first!, 'inherited')
   host.log.info({ tap: first!.name, queues: fds.length, fds }, 'tap taken over')
   return tap
+}
+
+/** What a tap's predecessor knew of it. */
+interface InheritedTap {
+  readonly headerSizeBefore: number
+  readonly features: bigint
+}
+
+/**
+ * The tap that a predecessor passed on under `key`, which has set it up and still serves with it; undefined when it
+ * passed none on.
+ * @throws ConfigError when it is not what is asked for
+ */
+function inheritTap(host: DeviceHost, option: string, key: string, pairs: number): Tap | undefined {
+  const inherited = host.handover.take(key)
+  if (inherited === undefined) return undefined
+  const { fds } = inherited
+  try {
+    const { origin, headerSizeBefore, features } = (inherited.facts ?? {}) as Record<string, unknown>
+    const info = fds.length === pairs ? host.network.tapInfo(fds[0]!) : EINVAL
+    if (
+      typeof info === 'number' ||
+      (origin !== 'created' && origin !== 'existing' && origin !== 'inherited') ||
+      typeof headerSizeBefore !== 'number' ||
+      typeof features !== 'string' ||
+      !/^[0-9a-f]{1,16}$/.test(features)
+    ) {
+      const problem = `the tap that the process before this one passed on (${key}) is not the one that is asked for`
+      throw configError(option, ['ERR_NET_TAP_OPEN', problem, 'Stop virtiod and start it again.'])
+    }
+    const tap = new Tap(host, key, fds, info, origin, { headerSizeBefore, features: BigInt(`0x${features}`) })
+    host.log.info({ tap: info.name, queues: pairs }, 'tap taken over from the process before this one')
+    return tap
+  } catch (error) {
+    for (const fd of fds) closeSync(fd)
+    throw error
+  }
 }
 
 /** Two fds of one open file are one queue: its second detaching fails. Leaves all attached. */
@@ -339,8 +437,8 @@ function putOnBridge(host: DeviceHost, bridge: string, name: string, master: num
 }
 
 /**
- * Whether somebody has the tap open: it has a carrier then. sysfs may show another network namespace's links, so it has to
- * be the same one; where it tells nothing (the tap is down, no sysfs), it is taken as free.
+ * Whether somebody has the tap open: it has a carrier then. sysfs may show another network namespace's links, so it has
+ * to be the same one; where it tells nothing (the tap is down, no sysfs), it is taken as free.
  */
 function hasReader(name: string, { index, mac }: LinkInfo): boolean {
   const read = (file: string): string => readFileSync(`/sys/class/net/${name}/${file}`, 'latin1').trim()

@@ -117,6 +117,25 @@ export interface Device<QueueData = unknown> {
   negotiated?(features: bigint): void
   /** The session ended or RESET_DEVICE came: back to the state after `open`. All queues are stopped. */
   reset?(): void
+  /**
+   * What a migration or a handover to a new version carries over, beside memory and rings. All queues are stopped. Without it the
+   * device has no state. Together with `loadState`.
+   */
+  saveState?(): Uint8Array | Promise<Uint8Array>
+  /** Takes over what `saveState` of the same device elsewhere returned. @throws an Error when it can't: the migration fails */
+  loadState?(state: Uint8Array): void | Promise<void>
+  /**
+   * Handover, in the process that is replaced: all queues are stopped; whatever the successor will write (a capture
+   * file) is finished. Either `takeBack` comes next, or nothing but the end of the process: not even `close`.
+   */
+  letGo?(): void
+  /** The handover failed: the device goes on. Queues start after it. */
+  takeBack?(): void
+  /**
+   * Handover, in the new process: the predecessor has let go for good. Until then nothing that was kept for this
+   * device (`DeviceHost.handover`) may be changed: the predecessor serves with it, and may have to go on.
+   */
+  takeOver?(): void
   /** A ring was started and enabled, or is so no longer. */
   ringActive?(queueIndex: number, active: boolean): void
   /** A handler said something, by `QueueContext.report`. */
@@ -173,6 +192,31 @@ export interface DeviceHost {
   fallocate(fd: number, mode: number, offset: number, length: number): number
   /** The config space changed by itself: tell the driver (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG). */
   configChanged(): void
+  readonly handover: HandoverFiles
+}
+
+/** Open files that outlive the process, when a new one takes over the guests of this one. */
+export interface HandoverFiles {
+  /**
+   * Promises open files to a successor. Locks of open file descriptions and attached taps go along with them.
+   * @param key unique in the daemon; the same in the successor
+   * @param fds stay the caller's, open until `forget`
+   * @param facts what the successor can't find out, as JSON
+   */
+  keep(key: string, fds: readonly number[], facts: unknown): void
+  /** Before the fds are closed. */
+  forget(key: string): void
+  /**
+   * What the predecessor kept under `key`, once; the fds are the caller's now. Undefined: there is no predecessor, or it
+   * kept nothing of that key.
+   */
+  take(key: string): InheritedFiles | undefined
+}
+
+export interface InheritedFiles {
+  readonly fds: readonly number[]
+  /** Written by this or another version: to be checked. */
+  readonly facts: unknown
 }
 
 export interface FileInfo {

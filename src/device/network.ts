@@ -8,6 +8,8 @@ export interface TapInfo {
   /** It has virtio-net headers before its packets (IFF_VNET_HDR). */
   readonly vnetHeader: boolean
   readonly multiQueue: boolean
+  /** This queue takes part; see `NetworkHost.setTapQueue`. */
+  readonly attached: boolean
   /** It is no tap but a tun, without Ethernet headers. */
   readonly tun: boolean
   /** It has the packet-information header of four bytes. */

@@ -1,6 +1,6 @@
 /**
- * Copies between chains and buffers as pieces of addresses, run in one native call per batch. Here positions in a guest's
- * buffers become addresses.
+ * Copies between chains and buffers as pieces of addresses, run in one native call per batch. Here positions in a
+ * guest's buffers become addresses.
  */
 import type { Chain, CopyBatch, IoBuffer } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
@@ -117,7 +117,10 @@ export class PieceBatch implements CopyBatch {
   }
 }
 
-/** SAFETY: a segment lies inside a region that stays mapped while its chain is in flight, and the batch runs before that ends. */
+/**
+ * SAFETY: a segment lies inside a region that stays mapped while its chain is in flight, and the batch runs before that
+ * ends.
+ */
 function address(chain: Chain, segment: number): number {
   return chain.regions[chain.region[segment]!]!.hva + chain.offset[segment]!
 }

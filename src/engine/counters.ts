@@ -12,6 +12,12 @@ export const CALLS_SUPPRESSED = 2
 export const CHAINS = 3
 export const COMPLETED = 4
 export const BROKEN = 5
+/** Chains that were in flight when their ring stopped for good. */
+export const ABANDONED = 6
+/** No double but two words. */
+const FLAGS = 7
+/** Word: the control thread has been told of a call that is due and has not seen it yet. */
+const CALL_RAISED = 0
 const ERRORS = 8
 const MAX_ERRORS = 16
 const OPERATIONS = ERRORS + MAX_ERRORS
@@ -24,11 +30,29 @@ const QUEUE_SIZE = OPERATIONS + MAX_OPERATIONS * OPERATION_SIZE
 export class QueueCounters {
   readonly buffer: SharedArrayBuffer
   readonly values: Float64Array
+  readonly #flags: Int32Array
 
   /** Over an existing buffer (on the iothread), or over a new one. */
   constructor(buffer: SharedArrayBuffer = new SharedArrayBuffer(QUEUE_SIZE * 8)) {
     this.buffer = buffer
     this.values = new Float64Array(buffer)
+    this.#flags = new Int32Array(buffer, FLAGS * 8, 2)
+  }
+
+  /**
+   * On the iothread: a call is to be made by a message. Returns false when the last one was not taken yet and says it
+   * as well.
+   */
+  raiseCall(): boolean {
+    // ORDER: seq_cst, after the used index: the control thread lowers the flag before it calls, so the driver that is
+    // called sees what was published before the flag was found raised.
+    return Atomics.exchange(this.#flags, CALL_RAISED, 1) === 0
+  }
+
+  /** On the control thread, before the driver is called, and when a ring starts. */
+  takeCall(): void {
+    // ORDER: seq_cst, before the message to the front-end; pairs with `raiseCall`.
+    Atomics.store(this.#flags, CALL_RAISED, 0)
   }
 
   /** One request ended after `microseconds` (≥ 0). */

@@ -1,19 +1,21 @@
 /**
- * I/O that needs no waiting, done in the batch's one native call beside io_uring: buffered writes by pwritev, and copies out
- * of and into a mapping of the file, of pages that are in the page cache already. All of it only while it doesn't
- * block, which is found out by trying: when something does, io_uring does that kind for a while. (What can't be found
- * out: a file system that is frozen for a snapshot stops the iothread until it is thawed.)
+ * I/O that needs no waiting, done in the batch's one native call beside io_uring: buffered writes by pwritev, and
+ * copies out of and into a mapping of the file, of pages that are in the page cache already. All of it only while it
+ * doesn't block, which is found out by trying: when something does, io_uring does that kind for a while. (What can't be
+ * found out: a file system that is frozen for a snapshot stops the iothread until it is thawed.)
  *
- * Why: io_uring hands every buffered write on ext4 to a kernel worker (9–15 µs of CPU per 4 KiB against 2.5 by pwritev),
- * and a read of a cached page costs 1.4–1.7 µs in the kernel, of which the copy is 0.7 (4 KiB random, one 1 GiB file, in C
- * as here).
+ * Why: io_uring hands every buffered write on ext4 to a kernel worker (9–15 µs of CPU per 4 KiB against 2.5 by
+ * pwritev), and a read of a cached page costs 1.4–1.7 µs in the kernel, of which the copy is 0.7 (4 KiB random, one 1
+ * GiB file, in C as here).
  */
 import type { NativeRing } from '../native.ts'
 
 /** Entries that the addon has. */
 const ENTRIES = 256
 const ENTRY_WORDS = 16
-/** How long writes are left to the kernel's workers after one had to wait: dirty-page throttling goes on for a while. */
+/**
+ * How long writes are left to the kernel's workers after one had to wait: dirty-page throttling goes on for a while.
+ */
 const WRITE_PAUSE_MS = 1000
 /**
  * How long reads are left to io_uring after a copy waited for the disk: doubled each time that it happens at once
@@ -92,7 +94,9 @@ export class DirectEntries {
     this.#prepare(opcode, fd, offset, address, length, low, high)
   }
 
-  /** A copy out of (READ, READV) or into (WRITE, WRITEV) `mapped`. @param length bytes at `address`, or vectors there */
+  /**
+   * A copy out of (READ, READV) or into (WRITE, WRITEV) `mapped`. @param length bytes at `address`, or vectors there
+   */
   copy(opcode: number, mapped: number, address: number, length: number, low: number, high: number): void {
     this.#copies++
     this.#prepare(opcode, -1, mapped, address, length, low, high)

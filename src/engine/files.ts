@@ -35,3 +35,10 @@ export function lockFile(fd: number, exclusive: boolean): boolean {
 export function probeFallocate(fd: number, mode: number, offset: number, length: number): number {
   return native.fallocate(fd, mode, offset, length)
 }
+
+/** A file in memory under a name that shows in /proc/PID/fd. @throws a system error */
+export function memoryFile(name: string, size: number): number {
+  const fd = native.memfd(name, size, 0)
+  if (fd < 0) throw systemError(fd, 'memfd_create', 'cannot create a file in memory')
+  return fd
+}

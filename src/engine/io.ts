@@ -13,8 +13,8 @@ import { RingFile } from './ring-file.ts'
 const COPIED_READ = 256 * 1024
 
 /**
- * Bytes up to which a write is copied into the mapping: 0.8 µs of CPU for 4 KiB into a page that is dirty already, against 2.5
- * by pwritev; but each clean page costs a fault of its own, which pwritev of many pages does not.
+ * Bytes up to which a write is copied into the mapping: 0.8 µs of CPU for 4 KiB into a page that is dirty already,
+ * against 2.5 by pwritev; but each clean page costs a fault of its own, which pwritev of many pages does not.
  */
 const COPIED_WRITE = 16 * 1024
 
@@ -31,6 +31,8 @@ export class Io implements DeviceIo {
   readonly #tag: number
   /** Operations with the kernel. */
   outstanding = 0
+  /** Nothing is submitted any more. */
+  #ended = false
   // The range that #locate found: first segment, offset in it.
   #segment = 0
   #skip = 0
@@ -40,6 +42,14 @@ export class Io implements DeviceIo {
     this.#watcher = watcher
     this.#queue = queue << 16
     this.#tag = tag
+  }
+
+  /**
+   * From now on operations are asked for in vain: their chains are abandoned, which who asks need not know (a request
+   * that waited for a buffer).
+   */
+  end(): void {
+    this.#ended = true
   }
 
   openFile(fd: number): IoFile {
@@ -88,6 +98,7 @@ export class Io implements DeviceIo {
   }
 
   read(chain: Chain, file: IoFile, offset: number, start: number, length: number): void {
+    if (this.#ended) return
     const count = this.#locate(chain, chain.readableCount, chain.count, start, length)
     const user = this.#user(chain)
     // Before it is decided on a copy: making room may run a batch, and that may find the mapping gone.
@@ -102,6 +113,7 @@ export class Io implements DeviceIo {
   }
 
   write(chain: Chain, file: IoFile, offset: number, start: number, length: number, dsync: boolean): void {
+    if (this.#ended) return
     const count = this.#locate(chain, 0, chain.readableCount, start, length)
     const user = this.#user(chain)
     if (count > 1) this.#ring.beginVectors(count)
@@ -121,6 +133,7 @@ export class Io implements DeviceIo {
   }
 
   readBuffer(chain: Chain, file: IoFile, offset: number, buffer: IoBuffer, start: number, length: number): void {
+    if (this.#ended) return
     const address = bufferAddress(buffer, start, length)
     this.#ring.read(file.fd, file.slot, offset, address, length, this.#user(chain), this.#tag)
   }
@@ -134,15 +147,17 @@ export class Io implements DeviceIo {
     length: number,
     dsync: boolean
   ): void {
+    if (this.#ended) return
     const address = bufferAddress(buffer, start, length)
     this.#ring.write(file.fd, file.slot, offset, address, length, writeKind(file, dsync), this.#user(chain), this.#tag)
   }
 
   fdatasync(chain: Chain, file: IoFile): void {
-    this.#ring.fdatasync(file.fd, file.slot, this.#user(chain), this.#tag)
+    if (!this.#ended) this.#ring.fdatasync(file.fd, file.slot, this.#user(chain), this.#tag)
   }
 
   fallocate(chain: Chain, file: IoFile, mode: number, offset: number, length: number): void {
+    if (this.#ended) return
     this.#ring.fallocate(file.fd, file.slot, mode, offset, length, this.#user(chain), this.#tag)
   }
 

@@ -7,12 +7,14 @@ import { inspect } from 'node:util'
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads'
 import type { CreateQueueHandler } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
-import { GuestMemory } from '../virtio/memory.ts'
 import { IothreadCounters } from './counters.ts'
-import type { Envelope, IothreadOptions, Report, Request, StartQueue } from './messages.ts'
+import type { Envelope, IothreadOptions, LogArea, Report, Request, StartQueue } from './messages.ts'
 import { AdaptivePoll } from './poll.ts'
-import { OP_WAKE, Queue, type QueueOwner } from './queue.ts'
+import { Queue, type QueueOwner } from './queue.ts'
+import type { QueueNotifications } from './queue-notifications.ts'
 import { type CompletionSink, IORING_CQE_F_MORE, IoRing } from './ring.ts'
+import { SessionState } from './session-state.ts'
+import { OP_CANCEL_LOG, OP_LOG, OP_WAKE } from './tags.ts'
 
 /** The global is a getter, which costs as much as the clock itself. */
 const clock = performance
@@ -40,7 +42,11 @@ export class Iothread implements CompletionSink, QueueOwner {
   /** By id, for completions; and all of them, for the rounds. */
   readonly #byId: (Queue | undefined)[] = []
   readonly #queues: Queue[] = []
-  readonly #memory = new Map<number, GuestMemory>()
+  readonly #sessions = new Map<number, SessionState>()
+  /** Those of them that log. */
+  #logging: SessionState[] = []
+  /** Calls to make by messages. */
+  readonly #calls: QueueNotifications[] = []
   readonly #modules = new Map<string, CreateQueueHandler>()
   #waiters: Waiter[] = []
   #controlPending = true
@@ -96,12 +102,22 @@ export class Iothread implements CompletionSink, QueueOwner {
       if ((flags & IORING_CQE_F_MORE) === 0) this.#listen()
       return
     }
+    if (high === OP_LOG || high === OP_CANCEL_LOG) return this.#sessions.get(low)?.completion(high, result)
     this.#byId[low >>> 16]?.completion(low, high, result, flags)
   }
 
   ringBroke(queue: Queue): void {
     const { code, message } = queue.vring.error!
     this.#report({ kind: 'ringBroken', session: queue.session, index: queue.queueIndex, code, message })
+  }
+
+  ringMissed(queue: Queue): void {
+    const { missAddress: address, missAccess: access } = queue.vring
+    this.#report({ kind: 'iotlbMiss', session: queue.session, index: queue.queueIndex, address, access })
+  }
+
+  callDue(notifications: QueueNotifications): void {
+    this.#calls.push(notifications)
   }
 
   deviceFailed(queue: Queue, error: unknown): void {
@@ -131,7 +147,11 @@ export class Iothread implements CompletionSink, QueueOwner {
       }
       // A handler may have given chains of another queue: a switch does.
       if (work > 0) for (let i = 0; i < queues.length; i++) queues[i]!.publish()
-      if (this.#waiters.length > 0) this.#settle()
+      this.#tell()
+      if (this.#waiters.length > 0) {
+        this.#settle()
+        this.#tell()
+      }
       if (ring.pending > 0) {
         // Without polling the submission is the wait as well.
         if (this.#poll.current === 0 && !this.#kickless && !this.#rearm()) ring.submit(1, -1)
@@ -180,7 +200,23 @@ export class Iothread implements CompletionSink, QueueOwner {
   #rearm(): boolean {
     let more = false
     for (const queue of this.#queues) if (queue.served && queue.rearm()) more = true
+    // It wrote to the rings.
+    for (let i = 0; i < this.#logging.length; i++) this.#logging[i]!.tellMarks()
     return more
+  }
+
+  /**
+   * What is due when a round has published all: calls by messages (one per ring, however often it published), and the
+   * logs' eventfds.
+   */
+  #tell(): void {
+    const calls = this.#calls
+    if (calls.length > 0) {
+      for (const call of calls)
+        if (call.takeCall()) this.#report({ kind: 'call', session: call.session, index: call.queueIndex })
+      calls.length = 0
+    }
+    for (let i = 0; i < this.#logging.length; i++) this.#logging[i]!.tellMarks()
   }
 
   #settle(): void {
@@ -199,7 +235,7 @@ export class Iothread implements CompletionSink, QueueOwner {
         return this.#done(id, 0)
       case 'stopQueue': {
         const queue = this.#queue(request.queue)
-        queue.stop()
+        queue.stop(request.keep)
         return this.#when(
           id,
           () => queue.atRest,
@@ -211,23 +247,23 @@ export class Iothread implements CompletionSink, QueueOwner {
         this.#recountKickless()
         return this.#done(id, 0)
       case 'setCall': {
-        const queue = this.#queue(request.queue)
-        queue.holdCalls()
+        const { notifications } = this.#queue(request.queue)
+        notifications.holdCalls()
         return this.#when(
           id,
-          () => !queue.calling,
+          () => !notifications.calling,
           () => {
-            queue.setCall(request.callFd)
+            notifications.setCall(request.callFd)
             return 0
           }
         )
       }
       case 'setKick':
-        this.#queue(request.queue).setKick(request.kickFd)
+        this.#queue(request.queue).notifications.setKick(request.kickFd)
         this.#recountKickless()
         return this.#done(id, 0)
       case 'pause': {
-        const queues = this.#queues.filter((queue) => queue.session === request.session)
+        const queues = this.#queuesOf(request.session)
         for (const queue of queues) queue.pause()
         return this.#when(
           id,
@@ -236,21 +272,64 @@ export class Iothread implements CompletionSink, QueueOwner {
         )
       }
       case 'resume':
-        for (const queue of this.#queues) if (queue.session === request.session) queue.resume()
+        for (const queue of this.#queuesOf(request.session)) queue.resume()
         return this.#done(id, 0)
-      case 'setMemory': {
-        const memory = new GuestMemory(request.regions)
-        this.#memory.set(request.session, memory)
-        for (const queue of this.#queues) if (queue.session === request.session) queue.setMemory(memory)
+      case 'setMemory':
+        this.#session(request.session).setMemory(request.regions, request.translated)
+        for (const queue of this.#queuesOf(request.session)) queue.setMemory()
         return this.#done(id, 0)
+      case 'iotlbUpdate':
+        this.#session(request.session).update(request.regions)
+        for (const queue of this.#queuesOf(request.session)) queue.memoryChanged()
+        return this.#done(id, 0)
+      case 'iotlbInvalidate': {
+        const { session, address, size } = request
+        this.#session(session).invalidate(address, size)
+        const queues = this.#queuesOf(session)
+        for (const queue of queues) queue.invalidated(address, size)
+        return this.#when(
+          id,
+          () => !queues.some((queue) => queue.uses(address, size)),
+          () => 0
+        )
       }
-      case 'endSession':
-        this.#memory.delete(request.session)
-        // Node runs the finalizers of the addon's functions (`createCopier`) in the event loop, where this thread is never else.
-        await new Promise((resolve) => setImmediate(resolve))
+      case 'setLog': {
+        const session = this.#session(request.session)
+        session.holdLog()
+        return this.#when(
+          id,
+          () => !session.signalling,
+          () => this.#setLog(session, request.log, request.fd)
+        )
+      }
+      case 'setRingLog':
+        this.#queue(request.queue).setLogAddress(request.address)
         return this.#done(id, 0)
+      case 'kick':
+        // That is all: there is a round after messages.
+        this.#queue(request.queue).kick()
+        return this.#done(id, 0)
+      case 'endSession': {
+        // Node runs the finalizers of the addon's functions (`createCopier`) in the event loop, where this thread is
+        // never else.
+        await new Promise((resolve) => setImmediate(resolve))
+        const session = this.#sessions.get(request.session)
+        if (session === undefined) return this.#done(id, 0)
+        session.holdLog()
+        return this.#when(
+          id,
+          () => !session.signalling,
+          () => {
+            this.#sessions.delete(request.session)
+            return this.#setLog(session, undefined, -1)
+          }
+        )
+      }
       case 'message':
         this.#queue(request.queue).message(request.message)
+        return this.#done(id, 0)
+      case 'load':
+        await this.#load(request.module)
         return this.#done(id, 0)
       case 'ping':
         return this.#done(id, 0)
@@ -263,20 +342,22 @@ export class Iothread implements CompletionSink, QueueOwner {
     }
   }
 
+  async #load(url: string): Promise<CreateQueueHandler> {
+    const loaded = this.#modules.get(url)
+    if (loaded !== undefined) return loaded
+    const { createQueueHandler } = (await import(url)) as { createQueueHandler?: CreateQueueHandler }
+    if (typeof createQueueHandler !== 'function')
+      throw new TypeError(`${url} does not export the function createQueueHandler`)
+    this.#modules.set(url, createQueueHandler)
+    return createQueueHandler
+  }
+
   async #startQueue(start: StartQueue): Promise<void> {
-    let create = this.#modules.get(start.module)
-    if (create === undefined) {
-      const module = (await import(start.module)) as { createQueueHandler?: CreateQueueHandler }
-      create = module.createQueueHandler
-      if (typeof create !== 'function')
-        throw new TypeError(`${start.module} does not export the function createQueueHandler`)
-      this.#modules.set(start.module, create)
-    }
-    const memory = this.#memory.get(start.session) ?? new GuestMemory([])
+    const create = await this.#load(start.module)
     this.#generation = (this.#generation + 1) & 0xfff
-    const queue = new Queue(this, start, memory, this.#generation)
-    if (queue.vring.error !== undefined) throw queue.vring.error
+    const queue = new Queue(this, start, this.#session(start.session), this.#generation)
     queue.begin(create(queue, start.data))
+    if (start.paused) queue.pause()
     this.#byId[start.queue] = queue
     this.#queues.push(queue)
     this.#recountKickless()
@@ -290,6 +371,26 @@ export class Iothread implements CompletionSink, QueueOwner {
     return queue.vring.base
   }
 
+  #setLog(session: SessionState, log: LogArea | undefined, fd: number): number {
+    session.setLog(log, fd)
+    this.#logging = [...this.#sessions.values()].filter((candidate) => candidate.log !== undefined)
+    for (const queue of this.#queuesOf(session.session)) queue.logChanged()
+    return 0
+  }
+
+  #session(id: number): SessionState {
+    let session = this.#sessions.get(id)
+    if (session === undefined) {
+      session = new SessionState(id, this.ring, this.oneAddress)
+      this.#sessions.set(id, session)
+    }
+    return session
+  }
+
+  #queuesOf(session: number | 'all'): Queue[] {
+    return this.#queues.filter((queue) => session === 'all' || queue.session === session)
+  }
+
   #queue(id: number): Queue {
     const queue = this.#byId[id]
     if (queue === undefined) throw new Error(`no ring ${id} on this iothread`)
@@ -297,7 +398,7 @@ export class Iothread implements CompletionSink, QueueOwner {
   }
 
   #recountKickless(): void {
-    this.#kickless = this.#queues.some((queue) => queue.kickless && queue.enabled)
+    this.#kickless = this.#queues.some((queue) => queue.notifications.kickless && queue.enabled)
   }
 
   #listen(): void {

@@ -27,11 +27,25 @@ export interface StartQueue {
   readonly queue: number
   readonly session: number
   readonly index: number
+  /** Until `resume`. */
+  readonly paused: boolean
   readonly vring: VringConfig
   readonly features: bigint
-  /** -1: the driver doesn't kick, poll the ring. The iothread borrows both fds until the ring stopped. */
+  /**
+   * -1: the driver doesn't kick, poll the ring; with `inband` it kicks by messages. The iothread borrows both fds until
+   * the ring stopped.
+   */
   readonly kickFd: number
   readonly callFd: number
+  /**
+   * VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS: kicks come as `kick`, and without a call fd calls go as a `call`
+   * report.
+   */
+  readonly inband: boolean
+  /** The ring's part of the in-flight buffer; its size is `inflightSize` of virtio/inflight.ts. */
+  readonly inflight?: { readonly buffer: SharedArrayBuffer; readonly offset: number }
+  /** Where writes to the ring itself are marked in the session's dirty log, -1 = they aren't. */
+  readonly logAddress: number
   readonly enabled: boolean
   readonly module: string
   readonly data: unknown
@@ -40,23 +54,58 @@ export interface StartQueue {
 
 export type Request =
   | StartQueue
-  /** Drains the ring; answers its base. */
-  | { readonly kind: 'stopQueue'; readonly queue: number }
+  /**
+   * Stops the ring; answers its base. It is drained first, or with `keep` chains in flight stay marked in the in-flight
+   * buffer: only what the kernel has is waited for.
+   */
+  | { readonly kind: 'stopQueue'; readonly queue: number; readonly keep: boolean }
   | { readonly kind: 'enableQueue'; readonly queue: number; readonly enabled: boolean }
   /** -1: no calls. Answered when nothing uses the old fd any more. */
   | { readonly kind: 'setCall'; readonly queue: number; readonly callFd: number }
   | { readonly kind: 'setKick'; readonly queue: number; readonly kickFd: number }
-  /** Stops popping in all rings of the session and waits until nothing is in flight: its memory can be exchanged. */
-  | { readonly kind: 'pause'; readonly session: number }
-  | { readonly kind: 'resume'; readonly session: number }
-  | { readonly kind: 'setMemory'; readonly session: number; readonly regions: readonly RegionDescription[] }
+  /**
+   * Stops popping in all rings of the session and waits until nothing is in flight: its memory can be exchanged. Those of
+   * all sessions stop at one moment, so that none of them sends to one that has stopped.
+   */
+  | { readonly kind: 'pause'; readonly session: number | 'all' }
+  | { readonly kind: 'resume'; readonly session: number | 'all' }
+  /** `translated`: the regions are the IOTLB's, as GuestMemory takes it. */
+  | {
+      readonly kind: 'setMemory'
+      readonly session: number
+      readonly regions: readonly RegionDescription[]
+      readonly translated: boolean
+    }
+  /** IOTLB entries to put in place of what there is in their ranges. */
+  | { readonly kind: 'iotlbUpdate'; readonly session: number; readonly regions: readonly RegionDescription[] }
+  /** Answered when nothing in flight uses the range any more. */
+  | { readonly kind: 'iotlbInvalidate'; readonly session: number; readonly address: number; readonly size: number }
+  /**
+   * Where the session's rings mark what they write; `log` undefined = nowhere. `fd`: eventfd to tell of marks, -1 =
+   * none.
+   */
+  | { readonly kind: 'setLog'; readonly session: number; readonly log: LogArea | undefined; readonly fd: number }
+  /** As StartQueue.logAddress. */
+  | { readonly kind: 'setRingLog'; readonly queue: number; readonly address: number }
+  /** VHOST_USER_VRING_KICK. */
+  | { readonly kind: 'kick'; readonly queue: number }
   | { readonly kind: 'endSession'; readonly session: number }
   /** For the handler of the queue, from its device's control half. */
   | { readonly kind: 'message'; readonly queue: number; readonly message: unknown }
+  /** Imports a queue module ahead of its first ring, which would have to wait for it. */
+  | { readonly kind: 'load'; readonly module: string }
   | { readonly kind: 'ping' }
   | { readonly kind: 'stop' }
   /** Ends at once, whatever is in flight; the process is about to end. Not answered. */
   | { readonly kind: 'abandon' }
+
+/** The mapped log; bit 0 of byte `offset` is the page at address 0. */
+export interface LogArea {
+  readonly buffer: SharedArrayBuffer
+  readonly offset: number
+  /** Bytes. */
+  readonly size: number
+}
 
 /** A request and the number that its answer carries. */
 export interface Envelope {
@@ -78,4 +127,14 @@ export type Report =
     }
   /** For the device's control half, from the handler of a queue. */
   | { readonly kind: 'reported'; readonly session: number; readonly index: number; readonly message: unknown }
+  /** VHOST_USER_BACKEND_VRING_CALL is due. */
+  | { readonly kind: 'call'; readonly session: number; readonly index: number }
+  /** A ring needs a translation that the IOTLB doesn't have. `access`: IOTLB_READ, IOTLB_WRITE or both. */
+  | {
+      readonly kind: 'iotlbMiss'
+      readonly session: number
+      readonly index: number
+      readonly address: number
+      readonly access: number
+    }
   | { readonly kind: 'deviceFailed'; readonly session: number; readonly index: number; readonly error: unknown }

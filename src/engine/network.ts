@@ -6,6 +6,7 @@ import { native } from '../native.ts'
 // <linux/if_tun.h>, <linux/if.h>
 const IFF_TUN = 0x0001
 const IFF_MULTI_QUEUE = 0x0100
+const IFF_DETACH_QUEUE = 0x0400
 const IFF_NO_PI = 0x1000
 const IFF_VNET_HDR = 0x4000
 const IFF_UP = 0x1
@@ -38,6 +39,7 @@ export const networkHost: NetworkHost = {
       name,
       vnetHeader: (flags & IFF_VNET_HDR) !== 0,
       multiQueue: (flags & IFF_MULTI_QUEUE) !== 0,
+      attached: (flags & IFF_DETACH_QUEUE) === 0,
       tun: (flags & IFF_TUN) !== 0,
       packetInfo: (flags & IFF_NO_PI) === 0,
       headerSize: out[TAP_HEADER_SIZE]!,

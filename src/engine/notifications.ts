@@ -1,7 +1,7 @@
 /**
- * The two eventfds of a started ring, as entries of the iothread's ring: the driver kicks ({@link KickPoll}), and is called
- * ({@link CallWriter}). Whether a notification is wanted is the vring's to say; this knows only fds, and how they are exchanged while
- * the ring runs.
+ * The two eventfds of a started ring, as entries of the iothread's ring: the driver kicks ({@link KickPoll}), and is
+ * called ({@link CallWriter}). Whether a notification is wanted is the vring's to say; this knows only fds, and how
+ * they are exchanged while the ring runs.
  */
 import { IORING_CQE_F_MORE, type IoRing, WRITE_PLAIN } from './ring.ts'
 
@@ -66,7 +66,10 @@ export class KickPoll {
     return 0
   }
 
-  /** A completion of the cancellation. -ENOENT: the poll ended by itself, its completion tells. -EALREADY: it was busy, so again. */
+  /**
+   * A completion of the cancellation. -ENOENT: the poll ended by itself, its completion tells. -EALREADY: it was busy,
+   * so again.
+   */
   cancelled(result: number): void {
     if (result !== EALREADY || !this.armed) return
     this.#cancelled = false
@@ -105,7 +108,13 @@ export class CallWriter {
     this.#tags = tags
   }
 
-  /** Wakes the driver, in the next submission. Returns whether that is a call of its own: there may be one under way. */
+  get hasFd(): boolean {
+    return this.#fd >= 0
+  }
+
+  /**
+   * Wakes the driver, in the next submission. Returns whether that is a call of its own: there may be one under way.
+   */
   call(): boolean {
     if (this.#fd < 0) return false
     if (this.calling || this.#held) {
@@ -114,6 +123,8 @@ export class CallWriter {
     }
     this.calling = true
     this.#ring.write(this.#fd, -1, -1, this.#oneAddress, 8, WRITE_PLAIN, this.#tags.low, this.#tags.operation)
+    // Of a ring that is drained: nobody cancels it later.
+    if (this.#stopped) this.#cancel()
     return true
   }
 

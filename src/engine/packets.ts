@@ -13,7 +13,9 @@ const MAX_VECTORS = 1024
 /** Vectors of a batch: room for the most that one packet may have, and for some usual ones. */
 const VECTORS = 4096
 
-/** An iovec array at a fixed address. SAFETY: whoever uses `address` keeps this object: the collector unmaps the buffer. */
+/**
+ * An iovec array at a fixed address. SAFETY: whoever uses `address` keeps this object: the collector unmaps the buffer.
+ */
 class Vectors {
   readonly address: number
   readonly #words: Uint32Array

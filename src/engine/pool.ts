@@ -24,6 +24,8 @@ export interface PoolEvents {
   ringBroken: [Extract<Report, { kind: 'ringBroken' }>]
   deviceFailed: [Extract<Report, { kind: 'deviceFailed' }>]
   reported: [Extract<Report, { kind: 'reported' }>]
+  call: [Extract<Report, { kind: 'call' }>]
+  iotlbMiss: [Extract<Report, { kind: 'iotlbMiss' }>]
   /** An iothread ended with an error: its queues are served by nobody. */
   death: [unknown]
 }
@@ -87,6 +89,10 @@ export class IothreadHandle {
           return void events.emit('deviceFailed', report)
         case 'reported':
           return void events.emit('reported', report)
+        case 'call':
+          return void events.emit('call', report)
+        case 'iotlbMiss':
+          return void events.emit('iotlbMiss', report)
       }
     })
     const die = (error: unknown) => {

@@ -3,31 +3,23 @@
  * and stops. Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
  */
 import { type Chain, DeviceError, type QueueContext, type QueueHandler, type ReceiveHandler } from '../device/index.ts'
-import { VIRTIO_F_RING_PACKED } from '../virtio/constants.ts'
-import { hasFeature } from '../virtio/features.ts'
-import type { GuestMemory } from '../virtio/memory.ts'
-import { SplitRing } from '../virtio/split-ring.ts'
 import type { Vring } from '../virtio/vring.ts'
-import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS, QueueCounters } from './counters.ts'
+import { ABANDONED, BROKEN, CALLS_SUPPRESSED, CHAINS, COMPLETED, QueueCounters } from './counters.ts'
+import { createVring } from './create-vring.ts'
+import { InFlightChains } from './in-flight-chains.ts'
 import { Io } from './io.ts'
 import type { StartQueue } from './messages.ts'
-import { CallWriter, KickPoll } from './notifications.ts'
+import { MissReport } from './misses.ts'
+import { type CallMessenger, QueueNotifications } from './queue-notifications.ts'
 import type { IoRing } from './ring.ts'
+import type { SessionState } from './session-state.ts'
+import { OP_CANCEL_WATCH, OP_DEVICE, OP_KICK, OP_WATCH } from './tags.ts'
 import { Watches } from './watches.ts'
-
-/** What a completion belongs to: the low byte of user_data's high word. */
-export const OP_DEVICE = 0
-export const OP_KICK = 1
-export const OP_CALL = 2
-export const OP_WAKE = 3
-export const OP_CANCEL_KICK = 4
-export const OP_CANCEL_CALL = 5
-export const OP_WATCH = 6
-export const OP_CANCEL_WATCH = 7
 
 /**
  * Chains popped before others get their turn; also how much work one native call gets, so that the driver works on the
- * first results while we do the next: with 64 an interrupt-driven one at depth 32 got 490 k IOPS, with 16 it gets 730 k.
+ * first results while we do the next: with 64 an interrupt-driven one at depth 32 got 490 k IOPS, with 16 it gets 730
+ * k.
  */
 const BATCH = 16
 
@@ -35,13 +27,15 @@ const BATCH = 16
 const LARGE_BATCH = 32
 
 /** What a queue needs of its iothread. */
-export interface QueueOwner {
+export interface QueueOwner extends CallMessenger {
   readonly ring: IoRing
   /** The clock of the current loop round, in microseconds. */
   readonly now: number
   /** SAFETY: address of eight bytes that hold 1 and live as long as the ring: what a call writes to an eventfd. */
   readonly oneAddress: number
   ringBroke(queue: Queue): void
+  /** Its ring has a miss to tell the front-end of. */
+  ringMissed(queue: Queue): void
   deviceFailed(queue: Queue, error: unknown): void
   reported(queue: Queue, message: unknown): void
 }
@@ -61,8 +55,7 @@ export class Queue implements QueueContext {
   #paused = false
   /** Enabled and none of paused, stopping and broken: asked for per packet. */
   #active = false
-  /** The driver doesn't kick: the iothread must not sleep while this ring is served. */
-  kickless: boolean
+  readonly notifications: QueueNotifications
   readonly #owner: QueueOwner
   readonly #counters: QueueCounters
   readonly #generation: number
@@ -70,16 +63,24 @@ export class Queue implements QueueContext {
   #handler: QueueHandler | undefined
   #receiver: ReceiveHandler | undefined
   readonly #watches: Watches
-  readonly #kick: KickPoll
-  readonly #call: CallWriter
+  readonly #miss = new MissReport()
+  /** There while memory is translated. */
+  #chains: InFlightChains | undefined
+  readonly #session: SessionState
+  #logAddress: number
   /**
    * The driver was asked not to kick. True at first, so that the first sleep writes flags or avail_event, whatever a
    * former back-end left there.
    */
   #suppressed = true
   #broken = false
-  /** The handler threw: it is called no more. */
-  #failed = false
+  /** It stops, and chains that a former back-end took are still to be completed. */
+  #finishing = false
+  /**
+   * Chains in flight are not completed any more, since the handler threw or the ring stopped with them: it hears of
+   * nothing, does no I/O, and gives no chain back.
+   */
+  #abandoned = false
   /** What `drain` popped. Chains are pooled: what stays in it costs nothing. */
   readonly #batch: Chain[] = []
   /** The handler takes batches. */
@@ -91,32 +92,32 @@ export class Queue implements QueueContext {
   /** Chains completed, and how many of them `publish` has seen. */
   #completed = 0
   #published = 0
+  /** The ring could not write all that was published: it lies in memory for which there is no translation. */
+  #owed = false
+  /** That memory is there perhaps. */
+  #republish = false
 
-  constructor(owner: QueueOwner, start: StartQueue, memory: GuestMemory, generation: number) {
-    if (hasFeature(start.features, VIRTIO_F_RING_PACKED)) throw new Error('packed rings are not offered')
+  /** @throws RingError, or an error of the in-flight buffer */
+  constructor(owner: QueueOwner, start: StartQueue, session: SessionState, generation: number) {
     this.#owner = owner
     this.#generation = generation
     this.#counters = new QueueCounters(start.counters)
+    this.#session = session
+    this.#logAddress = start.logAddress
     this.id = start.queue
     this.session = start.session
     this.queueIndex = start.index
     this.queueSize = start.vring.size
     this.features = start.features
     this.enabled = start.enabled
-    this.kickless = start.kickFd < 0
     const low = start.queue << 16
-    this.#kick = new KickPoll(owner.ring, start.kickFd, {
-      low,
-      operation: this.#tag(OP_KICK),
-      cancellation: this.#tag(OP_CANCEL_KICK),
-    })
-    this.#call = new CallWriter(owner.ring, start.callFd, owner.oneAddress, {
-      low,
-      operation: this.#tag(OP_CALL),
-      cancellation: this.#tag(OP_CANCEL_CALL),
-    })
-    this.vring = new SplitRing(memory, start.vring)
-    this.#watches = new Watches(owner.ring, low, this.#tag(OP_WATCH), this.#tag(OP_CANCEL_WATCH))
+    const upper = generation << 8
+    this.notifications = new QueueNotifications(owner.ring, owner.oneAddress, start, upper, this.#counters, owner)
+    this.vring = createVring(session.memory, start)
+    if (this.vring.error !== undefined) throw this.vring.error
+    if (session.memory.translated) this.#chains = new InFlightChains(start.vring.size)
+    this.logChanged()
+    this.#watches = new Watches(owner.ring, low, upper | OP_WATCH, upper | OP_CANCEL_WATCH)
     this.io = new Io(owner.ring, start.queue, OP_DEVICE, this.#watches)
   }
 
@@ -131,7 +132,9 @@ export class Queue implements QueueContext {
       this.#handler = handler
       this.#batches = handler.handleBatch !== undefined
     }
-    this.#kick.arm()
+    // What the ring misses already is told in the first round: to the control thread it is not started before the
+    // answer.
+    this.notifications.begin()
   }
 
   /** Chains may be popped for their purpose. */
@@ -141,6 +144,7 @@ export class Queue implements QueueContext {
 
   /** `drain` may be called: as `active`, or a disabled ring's chains are discarded. */
   get served(): boolean {
+    if (this.#finishing) return true
     return (this.enabled || this.#handler?.discard !== undefined) && !this.#paused && !this.stopping && !this.#broken
   }
 
@@ -153,24 +157,22 @@ export class Queue implements QueueContext {
 
   /** Nothing of this queue is with the kernel or the device. */
   get atRest(): boolean {
-    return this.drained && !this.calling && !(this.stopping && (this.#kick.armed || this.#watches.armed))
+    const { armed, calling } = this.notifications
+    return this.drained && !calling && !this.#finishing && !(this.stopping && (armed || this.#watches.armed))
   }
 
-  /** No chain is in flight; after a failure of the device, which may have lost chains, no I/O is. */
+  /** No chain is in flight; when these are abandoned, no I/O is. */
   get drained(): boolean {
-    return this.#failed ? this.io.outstanding === 0 : this.inFlight === 0
-  }
-
-  /** The call fd is in use by the kernel. */
-  get calling(): boolean {
-    return this.#call.calling
+    return this.#abandoned ? this.io.outstanding === 0 : this.inFlight === 0
   }
 
   /** Pops and handles up to a batch of chains. Returns how many. */
   drain(): number {
     if (this.#receiver !== undefined) return this.#receive(this.#receiver)
-    const { vring, enabled } = this
+    const { vring } = this
     const handler = this.#handler!
+    // Not of a ring that stops: chains of a former back-end were taken when it was enabled.
+    const discards = !this.enabled && handler.discard !== undefined
     const now = this.#owner.now
     const ring = this.#owner.ring
     const batch = this.#batch
@@ -178,13 +180,15 @@ export class Queue implements QueueContext {
     try {
       const most = this.#batches ? LARGE_BATCH : BATCH
       while (count < most && ring.inFlight < ring.capacity) {
+        if (this.#finishing && !vring.recovering) break
         const chain = vring.pop()
         if (chain === undefined) break
         chain.poppedAt = now
         this.inFlight++
+        this.#chains?.popped(chain)
         batch[count++] = chain
       }
-      if (!enabled) for (let i = 0; i < count; i++) handler.discard!(batch[i]!)
+      if (discards) for (let i = 0; i < count; i++) handler.discard!(batch[i]!)
       else if (this.#batches) {
         if (count > 0) handler.handleBatch!(batch, count)
       } else for (let i = 0; i < count; i++) handler.handle!(batch[i]!)
@@ -196,6 +200,8 @@ export class Queue implements QueueContext {
       if (!this.#suppressed) this.#suppress()
     }
     if (vring.error !== undefined && !this.#broken) this.#break()
+    this.#lookForMiss()
+    if (this.#finishing) this.#finish()
     return count
   }
 
@@ -203,6 +209,7 @@ export class Queue implements QueueContext {
     try {
       const count = receiver.receive()
       this.#received = count > 0
+      this.#lookForMiss()
       return count
     } catch (error) {
       this.#fail(error)
@@ -224,6 +231,7 @@ export class Queue implements QueueContext {
     }
     this.inFlight++
     this.#taken++
+    this.#chains?.popped(chain)
     if (!this.#suppressed) this.#suppress()
     return chain
   }
@@ -235,8 +243,14 @@ export class Queue implements QueueContext {
   }
 
   give(chain: Chain, written: number): void {
+    this.#giveBack(chain, written, written)
+  }
+
+  /** @param touched as Vring.push has it */
+  #giveBack(chain: Chain, written: number, touched: number): void {
+    if (this.#abandoned) return
     if (!chain.inFlight) throw completedTwice(chain)
-    this.vring.push(chain, written)
+    this.vring.push(chain, written, touched)
     this.inFlight--
     this.#completed++
   }
@@ -246,7 +260,9 @@ export class Queue implements QueueContext {
   }
 
   complete(chain: Chain, written: number, operation: number, bytes: number): void {
-    this.give(chain, written)
+    if (this.#abandoned) return
+    // A handler may have written anywhere: a status at the end, or part of what it failed to read.
+    this.#giveBack(chain, written, chain.writable)
     this.#counters.request(operation, bytes, this.#owner.now - chain.poppedAt)
   }
 
@@ -257,18 +273,24 @@ export class Queue implements QueueContext {
   /** Shows the driver what was completed and calls it if it wants that. */
   publish(): void {
     const completed = this.#completed
-    if (completed === this.#published) return
+    if (completed === this.#published && !this.#republish) return
+    this.#republish = false
     this.#counters.add(COMPLETED, completed - this.#published)
     this.#counters.add(CHAINS, this.#taken)
     this.#taken = 0
     this.#published = completed
-    if (this.vring.publish()) this.call()
+    if (this.vring.publish()) this.notifications.call()
     else this.#counters.add(CALLS_SUPPRESSED, 1)
+    if (this.vring.missAddress >= 0) {
+      this.#owed = true
+      this.#lookForMiss()
+    }
   }
 
-  /** Wakes the driver, in the next submission. */
-  call(): void {
-    if (this.#call.call()) this.#counters.add(CALLS, 1)
+  /** A kick that came as a message. The ring is looked at in the next round. */
+  kick(): void {
+    this.notifications.kicked()
+    this.#miss.forget()
   }
 
   /** Before a sleep: asks for kicks. Returns true when chains are waiting already, or a receiver isn't through. */
@@ -283,80 +305,122 @@ export class Queue implements QueueContext {
 
   /** A completion of this queue arrived. */
   completion(low: number, high: number, result: number, flags: number): void {
-    switch (high & 0xff) {
-      case OP_DEVICE:
-        this.io.outstanding--
-        if (this.#failed) return
-        try {
-          this.#handler!.completed!(this.vring.chain(low & 0xffff), result)
-        } catch (error) {
-          this.#fail(error)
-        }
-        return
-      case OP_KICK: {
-        if (high >>> 8 !== this.#generation) return
-        const kick = this.#kick.completed(result, flags)
-        if (kick > 0) this.#counters.add(KICKS, 1)
-        else if (kick < 0) this.#fail(new Error(`the kick fd of queue ${this.queueIndex} cannot be polled (${kick})`))
-        return
-      }
-      case OP_CALL: {
-        if (high >>> 8 !== this.#generation) return
-        const due = this.#call.completed(result)
-        if (due > 0) this.call()
-        else if (due < 0) this.#fail(new Error(`the call fd of queue ${this.queueIndex} cannot be written (${due})`))
-        return
-      }
-      case OP_CANCEL_KICK:
-        if (high >>> 8 === this.#generation) this.#kick.cancelled(result)
-        return
-      case OP_CANCEL_CALL:
-        if (high >>> 8 === this.#generation) this.#call.cancelled(result)
-        return
-      case OP_WATCH: {
-        if (high >>> 8 !== this.#generation) return
-        const fd = this.#watches.event(low & 0xffff, result, flags)
-        if (fd < 0 || this.#failed) return
-        try {
-          ;(this.#receiver ?? this.#handler)?.readable?.(fd)
-        } catch (error) {
-          this.#fail(error)
-        }
-        return
-      }
+    const operation = high & 0xff
+    if (operation === OP_DEVICE) return this.#ioEnded(this.vring.chain(low & 0xffff), result)
+    if (high >>> 8 !== this.#generation) return
+    switch (operation) {
+      case OP_WATCH:
+        return this.#watched(this.#watches.event(low & 0xffff, result, flags))
       case OP_CANCEL_WATCH:
-        if (high >>> 8 === this.#generation) this.#watches.cancelled(low & 0xffff, result)
-        return
+        return this.#watches.cancelled(low & 0xffff, result)
+      default: {
+        if (operation === OP_KICK) this.#miss.forget()
+        const error = this.notifications.completion(operation, result, flags)
+        if (error !== undefined) this.#fail(error)
+      }
     }
   }
 
-  setMemory(memory: GuestMemory): void {
+  #ioEnded(chain: Chain, result: number): void {
+    this.io.outstanding--
+    // The kernel may have read into it; whoever takes the chain over has to know what is there now.
+    if (this.#abandoned) return this.#session.log?.markChain(chain, chain.writable)
+    try {
+      this.#handler!.completed!(chain, result)
+    } catch (error) {
+      this.#fail(error)
+    }
+  }
+
+  #watched(fd: number): void {
+    if (fd < 0 || this.#abandoned) return
+    try {
+      ;(this.#receiver ?? this.#handler)?.readable?.(fd)
+    } catch (error) {
+      this.#fail(error)
+    }
+  }
+
+  /** The session's memory was exchanged for another one. */
+  setMemory(): void {
+    this.#miss.forget()
+    this.memoryChanged()
+  }
+
+  /** The IOTLB has other entries. */
+  memoryChanged(): void {
+    const { memory } = this.#session
+    if (!memory.translated) this.#chains = undefined
+    else this.#chains ??= new InFlightChains(this.queueSize)
     this.vring.setMemory(memory)
     if (this.vring.error !== undefined && !this.#broken) this.#break()
+    this.#republish = this.#owed
+    this.#owed = false
+    // One that is gone may be back at the next look for chains: only then it is over.
+    if (this.vring.missAddress >= 0) this.#lookForMiss()
+  }
+
+  /** The IOTLB forgot a range. A receiver gives its chains back when one of them lies in it. */
+  invalidated(address: number, size: number): void {
+    this.#miss.forgetRange(address, size)
+    this.memoryChanged()
+    if (this.uses(address, size)) this.#release()
+  }
+
+  /** Whether something in flight is in that range of translated memory. */
+  uses(address: number, size: number): boolean {
+    if (this.#abandoned) return this.io.outstanding > 0
+    return this.#chains?.use(address, size) === true
+  }
+
+  #lookForMiss(): void {
+    if (this.#miss.due(this.vring)) this.#owner.ringMissed(this)
+  }
+
+  /** The session has another log. */
+  logChanged(): void {
+    this.vring.setLog(this.#session.log, this.#logAddress)
+  }
+
+  /** @param address as StartQueue.logAddress */
+  setLogAddress(address: number): void {
+    this.#logAddress = address
+    this.logChanged()
   }
 
   /**
-   * Uses another call fd. The caller has seen `atRest`. vhost-user wants one spurious call, since one may have gone
-   * to the old fd.
+   * Stops popping for good; `atRest` tells when the rest is done. @param keep chains in flight are left to who starts
+   * the ring next
    */
-  setCall(fd: number): void {
-    this.#call.exchange(fd)
-    this.call()
-  }
-
-  /** Before `setCall`: no more writes to the present call fd, so that it comes to rest. */
-  holdCalls(): void {
-    this.#call.hold()
-  }
-
-  /** Stops popping for good; `atRest` tells when the rest is done. */
-  stop(): void {
+  stop(keep: boolean): void {
     this.#release()
     this.stopping = true
     this.#settle()
+    // What is completed already is published in this round, before anybody finds the ring at rest.
+    if (keep) this.#abandon()
+    else this.#finish()
     this.#watches.end()
-    this.#kick.stop()
-    this.#call.stop()
+    this.notifications.stop()
+  }
+
+  /**
+   * A ring that is drained leaves nothing in the in-flight buffer, whoever took it. But what a translation is missing
+   * for stays there: the front-end may be waiting for this ring and answer nothing before.
+   */
+  #finish(): void {
+    const { vring } = this
+    this.#finishing = vring.recovering && vring.missAddress < 0 && !this.#broken
+    if (!this.#finishing || this.#receiver === undefined) return
+    // A receiver has nothing for them.
+    while (vring.recovering) {
+      const chain = vring.pop()
+      if (chain === undefined) break
+      this.inFlight++
+      this.#taken++
+      this.give(chain, 0)
+    }
+    this.#finishing = false
+    if (vring.error !== undefined) this.#break()
   }
 
   setEnabled(enabled: boolean): void {
@@ -379,23 +443,19 @@ export class Queue implements QueueContext {
 
   /** A message of the device's control half. */
   message(message: unknown): void {
+    if (this.#abandoned) return
     this.#tell(() => (this.#receiver ?? this.#handler)?.message?.(message))
-  }
-
-  /** Listens on another kick fd. */
-  setKick(fd: number): void {
-    this.kickless = fd < 0
-    this.#kick.exchange(fd)
   }
 
   close(): void {
     ;(this.#receiver ?? this.#handler)?.close?.()
+    this.#counters.add(ABANDONED, this.inFlight)
   }
 
   /** The chains that a receiver holds go back to the ring. */
   #release(): void {
     const receiver = this.#receiver
-    if (receiver === undefined || this.#failed) return
+    if (receiver === undefined || this.#abandoned) return
     this.#tell(() => receiver.release())
   }
 
@@ -414,9 +474,14 @@ export class Queue implements QueueContext {
 
   #fail(error: unknown): void {
     this.#broken = true
-    this.#failed = true
+    this.#abandon()
     this.#settle()
     this.#owner.deviceFailed(this, error)
+  }
+
+  #abandon(): void {
+    this.#abandoned = true
+    this.io.end()
   }
 
   #break(): void {
@@ -425,10 +490,6 @@ export class Queue implements QueueContext {
     this.#settle()
     this.#counters.add(BROKEN, 1)
     this.#owner.ringBroke(this)
-  }
-
-  #tag(operation: number): number {
-    return (this.#generation << 8) | operation
   }
 }
 

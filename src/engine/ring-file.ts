@@ -11,8 +11,8 @@ const S_IFREG = 0o100000
 /** A multiple of every processor's page: behind the last whole one a copy would lose what it writes. */
 const PAGE = 65536
 /**
- * The smallest block of a file system whose files are written through a mapping. Below a page, kernels before Linux 6.14 leave
- * writable mappings of ext4 in place when part of a page is punched out.
+ * The smallest block of a file system whose files are written through a mapping. Below a page, kernels before Linux
+ * 6.14 leave writable mappings of ext4 in place when part of a page is punched out.
  */
 const WRITABLE_BLOCK = 4096
 /** How long a file whose mapping was given up is left to io_uring before it is mapped again. */

@@ -242,7 +242,9 @@ export class IoRing {
     this.#prepare(IORING_OP_READ, fd, slot, offset, address, length, 0, low, high)
   }
 
-  /** Whether reads and small writes of mapped files may be copies now. One that is refused later completes with -EAGAIN. */
+  /**
+   * Whether reads and small writes of mapped files may be copies now. One that is refused later completes with -EAGAIN.
+   */
   takesCopies(): boolean {
     return this.#direct.takesCopies()
   }

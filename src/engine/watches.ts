@@ -60,8 +60,8 @@ export class Watches implements FdWatcher {
     const more = (flags & IORING_CQE_F_MORE) !== 0
     if (!more) watch.armed = false
     if (watch.ended) return -1
-    // The kernel ran out of room for a completion: start it again. An error is the fd's; reading it tells. A poll of a tap
-    // that was removed ends at once with POLLERR: again and again, were it started again.
+    // The kernel ran out of room for a completion: start it again. An error is the fd's; reading it tells. A poll of a
+    // tap that was removed ends at once with POLLERR: again and again, were it started again.
     if (!more && result >= 0 && (result & POLLERR) === 0) this.#arm(index)
     else if (!more) watch.ended = true
     return watch.fd

@@ -9,6 +9,7 @@ import {
   openSync,
   readdirSync,
   readlinkSync,
+  renameSync,
   rmSync,
   statSync,
   writeFileSync,
@@ -25,8 +26,10 @@ import { BlkState } from '../../devices/blk/shared.ts'
 import { ConfigError, type Device, type DeviceHost, type FileInfo } from '../../src/device/index.ts'
 import { fileInfo, lockFile, probeFallocate } from '../../src/engine/files.ts'
 import { networkHost } from '../../src/engine/network.ts'
+import { native } from '../../src/native.ts'
 import * as blk from '../../src/virtio/blk.ts'
 import { featureSet, hasFeature } from '../../src/virtio/features.ts'
+import { FakeHandover } from '../net/fake-network.ts'
 
 const dir = mkdtempSync(join(tmpdir(), 'virtiod-blk-'))
 afterAll(() => rmSync(dir, { recursive: true, force: true }))
@@ -43,6 +46,7 @@ const host = (change: Partial<DeviceHost> = {}): DeviceHost => ({
   lockFile,
   fallocate: probeFallocate,
   configChanged: () => {},
+  handover: new FakeHandover(),
   ...change,
 })
 /** As fileInfo, with other answers. */
@@ -142,7 +146,7 @@ describe('open refuses', () => {
       const { default: definition } = await import(${JSON.stringify(new URL('../../devices/blk/index.ts', import.meta.url).href)})
       const { fileInfo } = await import(${JSON.stringify(new URL('../../src/engine/files.ts', import.meta.url).href)})
       try {
-        await definition.open({ 'blk-file': ${JSON.stringify(path)}, 'read-only': true, cache: 'writeback', 'num-queues': 1 }, { fileInfo })
+        await definition.open({ 'blk-file': ${JSON.stringify(path)}, 'read-only': true, cache: 'writeback', 'num-queues': 1 }, { fileInfo, handover: { take() {} } })
       } catch (error) {
         process.stdout.write(error.code)
       }`
@@ -245,6 +249,15 @@ describe('locks', () => {
       }
     }
     await open({ 'blk-file': path })
+  })
+
+  test('one whose other process is about to end is waited for', async () => {
+    const path = image()
+    const other = await holder(path, true)
+    const opened = open({ 'blk-file': path })
+    await new Promise((resolve) => setTimeout(resolve, 100))
+    await other[Symbol.asyncDispose]()
+    await opened
   })
 
   test('a file that another process reads can be read, not written', async () => {
@@ -487,4 +500,55 @@ test('close() lets the file go', async () => {
   expect(openFiles()).toEqual([path])
   device.close()
   expect(openFiles()).toEqual([])
+})
+
+describe('migration and handover', () => {
+  const bytes = (text: string): Uint8Array => new TextEncoder().encode(text)
+
+  test('the write cache that a driver switched goes along', async () => {
+    const from = await open({ 'blk-file': image(), cache: 'writethrough' })
+    from.negotiated!(from.features)
+    expect(from.writeConfig(blk.VIRTIO_BLK_CONFIG_WCE, Uint8Array.of(1))).toBe(true)
+    const to = await open({ 'blk-file': image(), cache: 'writethrough' })
+    expect(config(to).wce).toBe(0)
+    await to.loadState!(await from.saveState!())
+    expect(config(to).wce).toBe(1)
+    expect(new BlkState(to.queueData.state).writeback).toBe(true)
+    // SET_FEATURES comes before or after it.
+    to.negotiated!(to.features)
+    expect(config(to).wce).toBe(1)
+  })
+
+  test.each(['', '{', '[]', 'null', '{}', '{"writeback":1}'])('a state that is none is refused: %j', async (text) => {
+    const device = await open({ 'blk-file': image() })
+    await expect(async () => device.loadState!(bytes(text))).rejects.toThrow()
+    expect(config(device).wce).toBe(1)
+  })
+
+  test('a state of a later version, which knows more, is taken', async () => {
+    const device = await open({ 'blk-file': image() })
+    await device.loadState!(bytes('{"writeback":false,"color":"red"}'))
+    expect(config(device).wce).toBe(0)
+  })
+
+  test('a successor goes on with the open file and its lock, wherever the path leads by now', async () => {
+    const path = image()
+    const before = new FakeHandover()
+    const old = await open({ 'blk-file': path }, host({ handover: before }))
+    const { fds } = before.kept.get('blk:blk0')!
+    expect(fds).toEqual([old.queueData.fd])
+    renameSync(path, `${path}.moved`)
+    writeFileSync(path, Buffer.alloc(4096))
+    const after = new FakeHandover()
+    after.inherited.set('blk:blk0', { fds: [native.dup(fds[0]!)], facts: {} })
+    const successor = await open({ 'blk-file': path }, host({ handover: after }))
+    expect(config(successor).capacity).toBe(2048n)
+    expect(after.kept.get('blk:blk0')!.fds).toEqual([successor.queueData.fd])
+    devices.splice(0, 1)
+    old.close()
+    expect(before.kept.size).toBe(0)
+    const third = openSync(`${path}.moved`, 'r+')
+    expect(lockFile(third, true)).toBe(false)
+    closeSync(third)
+  })
 })

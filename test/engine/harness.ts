@@ -1,16 +1,19 @@
 /** A pool of real iothreads under the test device, with drivers that live in the test. */
-import { closeSync } from 'node:fs'
+import { closeSync, readdirSync, readFileSync } from 'node:fs'
 import { QueueCounters } from '../../src/engine/counters.ts'
 import type { Report } from '../../src/engine/messages.ts'
 import { type IothreadHandle, IothreadPool } from '../../src/engine/pool.ts'
 import { type NativeMapping, native } from '../../src/native.ts'
+import { inflightSize } from '../../src/virtio/inflight.ts'
 import type { RegionDescription } from '../../src/virtio/memory.ts'
 import { INDIRECT, MockDriver, NEXT, type RingLayout, ringLayout, WRITE } from '../virtio/mock-driver.ts'
-import { GATE, MAX_SAMPLES, type TestData } from './fixtures/device.ts'
+import { GATE, MAX_SAMPLES, type TestData, type TestMessage } from './fixtures/device.ts'
+import { PackedDriver } from './packed-driver.ts'
 
 export const DEVICE = new URL('./fixtures/device.ts', import.meta.url).href
 
 type Event = Extract<Report, { kind: 'ringBroken' | 'deviceFailed' }>
+type Miss = Extract<Report, { kind: 'iotlbMiss' }>
 
 /** Whether this machine has io_uring: else only the emulation can be tested. */
 export const hasUring = (() => {
@@ -34,9 +37,33 @@ export function check(result: number, what: string): number {
   return result
 }
 
+/** Waits until all iothreads of this process sleep, and stay so for a while: one that polls is always runnable. */
+export async function asleep(): Promise<void> {
+  let sleeping = 0
+  await until('all iothreads sleep', () => {
+    sleeping = iothreadStates().every((state) => state === 'S') ? sleeping + 1 : 0
+    return sleeping === 50
+  })
+}
+
+/** The letters of /proc/PID/stat. */
+function iothreadStates(): string[] {
+  return readdirSync('/proc/self/task').flatMap((task) => {
+    try {
+      const [, name, state] = /\((.*)\) (.)/.exec(readFileSync(`/proc/self/task/${task}/stat`, 'utf8'))!
+      return name!.startsWith('iothread') ? [state!] : []
+    } catch {
+      // It ended meanwhile.
+      return []
+    }
+  })
+}
+
 const kept: NativeMapping[] = []
 
-/** Memory that stays until the process ends: an address must not outlive its buffer, which the garbage collector unmaps. */
+/**
+ * Memory that stays until the process ends: an address must not outlive its buffer, which the garbage collector unmaps.
+ */
 export function allocate(length: number): NativeMapping {
   const mapping = native.allocate(length)
   if (typeof mapping === 'number') throw new Error(`allocate: ${mapping}`)
@@ -65,13 +92,16 @@ export async function closeEngines(): Promise<void> {
 }
 
 /**
- * Iothreads, and all that they report. Everything that a test opens through it is closed with it; the threads themselves serve
- * the next test if they are well, since starting them is most of the time that a test takes.
+ * Iothreads, and all that they report. Everything that a test opens through it is closed with it; the threads
+ * themselves serve the next test if they are well, since starting them is most of the time that a test takes.
  */
 export class Engine implements AsyncDisposable {
   readonly pool: IothreadPool
   readonly events: Event[] = []
   readonly deaths: unknown[] = []
+  readonly misses: Miss[] = []
+  /** Sessions of `call` reports. */
+  readonly calls: number[] = []
   /** Rings to stop at the end. */
   readonly started = new Set<TestRing>()
   readonly #key: string
@@ -83,6 +113,8 @@ export class Engine implements AsyncDisposable {
     this.pool = new IothreadPool({ count, emulate, pollMaxUs })
     this.pool.on('ringBroken', (event) => this.events.push(event))
     this.pool.on('deviceFailed', (event) => this.events.push(event))
+    this.pool.on('iotlbMiss', (event) => this.misses.push(event))
+    this.pool.on('call', ({ session }) => this.calls.push(session))
     this.pool.on('death', (error) => this.deaths.push(error))
   }
 
@@ -136,6 +168,8 @@ export class Engine implements AsyncDisposable {
     }
     for (const fd of this.#fds.splice(0)) closeSync(fd)
     this.events.length = 0
+    this.misses.length = 0
+    this.calls.length = 0
     this.started.clear()
     if (!this.#abandoned) idle.set(this.#key, this)
   }
@@ -152,8 +186,23 @@ export interface SessionOptions {
   readonly enabled?: boolean
   readonly module?: string
   readonly data?: Partial<TestData>
+  /** Default: 0 of a split ring, the first lap of a packed one. */
   readonly base?: number
+  readonly packed?: boolean
+  readonly inOrder?: boolean
+  /** With an in-flight region per ring. */
+  readonly inflight?: boolean
+  readonly inband?: boolean
+  /** StartQueue.logAddress of all rings. */
+  readonly logAddress?: number
+  /** The file of READ and WRITE, instead of one of 1 MiB. */
+  readonly fd?: number
+  /** What the descriptors and the ring's addresses have on top of the offsets in memory: IOVAs. */
+  readonly iova?: number
 }
+
+/** Both indices 0, both wrap counters 1. */
+export const PACKED_BASE = 0x8000_8000
 
 /** Bytes that each request slot has behind the ring: the request, and its writable buffer. */
 const SLOT = 128
@@ -163,10 +212,13 @@ let sessions = 1000
 export class TestRing {
   readonly index: number
   readonly thread: IothreadHandle
-  readonly driver: MockDriver
+  readonly driver: MockDriver & PackedDriver
   readonly layout: RingLayout
   readonly counters = new QueueCounters()
-  readonly id: number
+  /** Its in-flight region, as bytes. */
+  readonly inflight: Uint8Array<SharedArrayBuffer> | undefined
+  id: number
+  #stopped = false
   kickFd: number
   callFd: number
   readonly #engine: Engine
@@ -182,7 +234,7 @@ export class TestRing {
     kickFd: number,
     callFd: number
   ) {
-    const { size = 64, base = 0 } = session.options
+    const { size = 64, packed = false, inflight = false } = session.options
     const layout = ringLayout(size)
     this.#engine = engine
     this.#session = session
@@ -198,20 +250,51 @@ export class TestRing {
       device: offset + layout.device,
     }
     this.#slots = offset + layout.end
-    this.driver = new MockDriver(session.mapping.buffer, this.layout, base)
+    if (inflight) this.inflight = new Uint8Array(new SharedArrayBuffer(inflightSize(size, packed)))
+    // A test that uses what only one of them has must not ask for the other.
+    const driver = packed
+      ? new PackedDriver(session.mapping.buffer, this.layout, this.#base)
+      : new MockDriver(session.mapping.buffer, this.layout, this.#base)
+    this.driver = driver as MockDriver & PackedDriver
+  }
+
+  get #base(): number {
+    const { base, packed = false } = this.#session.options
+    return base ?? (packed ? PACKED_BASE : 0)
+  }
+
+  /** Whether the region has the chain in flight; packed: any chain when no head is given. */
+  inFlight(head: number): boolean {
+    const { packed = false } = this.#session.options
+    return this.inflight![(packed ? 32 : 16) + head * (packed ? 32 : 16)] === 1
+  }
+
+  /** How many chains the region has in flight. */
+  get marks(): number {
+    return Array.from({ length: this.layout.size }, (_, entry) => this.inFlight(entry)).filter(Boolean).length
   }
 
   async start(): Promise<void> {
-    const { eventIdx = false, enabled = true, module = DEVICE, data = {}, base = 0 } = this.#session.options
+    // The last id is free for others since it stopped.
+    if (this.#stopped) this.id = this.thread.takeRing()
+    this.#stopped = false
+    const { eventIdx = false, enabled = true, module = DEVICE, data = {} } = this.#session.options
+    const { packed = false, inOrder = false, inband = false, logAddress = -1, iova = 0 } = this.#session.options
+    const { size, descriptor, driver, device } = this.layout
+    const at = { size, descriptor: descriptor + iova, driver: driver + iova, device: device + iova }
     await this.thread.request({
       kind: 'startQueue',
+      paused: false,
       queue: this.id,
       session: this.#session.id,
       index: this.index,
-      vring: { ...this.layout, base, eventIdx, indirect: true },
+      vring: { ...at, base: this.#base, eventIdx, indirect: true, packed, inOrder },
       features: 0n,
       kickFd: this.kickFd,
       callFd: this.callFd,
+      inband,
+      ...(this.inflight === undefined ? {} : { inflight: { buffer: this.inflight.buffer, offset: 0 } }),
+      logAddress,
       enabled,
       module,
       data: {
@@ -232,11 +315,17 @@ export class TestRing {
   }
 
   /** Drains it; resolves to its base. */
-  async stop(): Promise<number> {
-    const base = await this.thread.request({ kind: 'stopQueue', queue: this.id })
+  async stop(keep = false): Promise<number> {
+    const base = await this.thread.request({ kind: 'stopQueue', queue: this.id, keep })
     this.thread.freeRing(this.id)
+    this.#stopped = true
     this.#engine.started.delete(this)
     return base
+  }
+
+  /** Where the request of a slot is in memory. */
+  request(slot: number): number {
+    return this.#slots + slot * SLOT
   }
 
   /** GPA of the writable buffer of a slot. */
@@ -247,11 +336,12 @@ export class TestRing {
   /** Writes a request of two descriptors into a slot (descriptors 2 × slot and the next one). Returns the head. */
   prepare(slot: number, operation: number, argument = 0, writable = 64): number {
     const at = this.#slots + slot * SLOT
+    const { iova = 0 } = this.#session.options
     this.driver.view.setUint32(at, operation, true)
     this.driver.view.setUint32(at + 4, argument, true)
     const head = slot * 2
-    this.driver.descriptor(head, { gpa: at, length: 8, flags: NEXT, next: head + 1 })
-    this.driver.descriptor(head + 1, { gpa: this.buffer(slot), length: writable, flags: WRITE })
+    this.driver.descriptor(head, { gpa: at + iova, length: 8, flags: NEXT, next: head + 1 })
+    this.driver.descriptor(head + 1, { gpa: this.buffer(slot) + iova, length: writable, flags: WRITE })
     return head
   }
 
@@ -259,6 +349,16 @@ export class TestRing {
   prepareIndirect(slot: number, table: number, bytes: number): number {
     this.driver.descriptor(slot * 2, { gpa: table, length: bytes, flags: INDIRECT })
     return slot * 2
+  }
+
+  /** For the handler. */
+  async send(message: TestMessage): Promise<void> {
+    await this.thread.request({ kind: 'message', queue: this.id, message })
+  }
+
+  /** Resolves when a whole round has passed, publishing included: unlike a ping it is answered at a round's end. */
+  async round(): Promise<void> {
+    await this.thread.request({ kind: 'pause', session: 0 })
   }
 
   kick(): void {
@@ -307,7 +407,7 @@ export class TestSession {
     const each = ringLayout(size).end + Math.ceil((size * SLOT) / 4096) * 4096
     this.free = each * rings
     this.mapping = allocate(this.free + (1 << 20))
-    this.fd = engine.memfd(1 << 20)
+    this.fd = options.fd ?? engine.memfd(1 << 20)
     this.rings = Array.from({ length: rings }, (_, index) => {
       const thread = spread ? engine.pool.assign() : engine.pool.threads[0]!
       return new TestRing(
@@ -324,7 +424,7 @@ export class TestSession {
 
   static async start(engine: Engine, options: SessionOptions = {}): Promise<TestSession> {
     const session = new TestSession(engine, options)
-    await session.setMemory([session.region])
+    await session.begin()
     for (const ring of session.rings) await ring.start()
     return session
   }
@@ -332,8 +432,14 @@ export class TestSession {
   /** A session whose rings are not started yet. */
   static async prepare(engine: Engine, options: SessionOptions = {}): Promise<TestSession> {
     const session = new TestSession(engine, options)
-    await session.setMemory([session.region])
+    await session.begin()
     return session
+  }
+
+  /** Its memory, or an empty IOTLB. */
+  async begin(): Promise<void> {
+    if (this.options.iova === undefined) await this.setMemory([this.region])
+    else await this.setMemory([], true)
   }
 
   get ring(): TestRing {
@@ -344,8 +450,28 @@ export class TestSession {
     return { gpa: 0, size: this.mapping.buffer.byteLength, hva: this.mapping.address, buffer: this.mapping.buffer }
   }
 
-  async setMemory(regions: readonly RegionDescription[]): Promise<void> {
-    await this.#engine.pool.broadcast({ kind: 'setMemory', session: this.id, regions })
+  async setMemory(regions: readonly RegionDescription[], translated = false): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'setMemory', session: this.id, regions, translated })
+  }
+
+  /** IOTLB entries for [start, start + size) of memory, at the IOVAs of `options.iova`. */
+  entry(start: number, size: number, access = 3): RegionDescription {
+    const { buffer, address } = this.mapping
+    const gpa = start + (this.options.iova ?? 0)
+    return { gpa, size, hva: address + start, buffer, offset: start, physical: start, access }
+  }
+
+  async update(...regions: RegionDescription[]): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'iotlbUpdate', session: this.id, regions })
+  }
+
+  async invalidate(start: number, size: number): Promise<void> {
+    const address = start + (this.options.iova ?? 0)
+    await this.#engine.pool.broadcast({ kind: 'iotlbInvalidate', session: this.id, address, size })
+  }
+
+  async setLog(log: { buffer: SharedArrayBuffer; offset: number; size: number } | undefined, fd = -1): Promise<void> {
+    await this.#engine.pool.broadcast({ kind: 'setLog', session: this.id, log, fd })
   }
 
   async pause(): Promise<void> {

@@ -1,4 +1,7 @@
-/** The iothread's loop with real threads, eventfds and files; the drivers live in the test. All of it also without io_uring. */
+/**
+ * The iothread's loop with real threads, eventfds and files; the drivers live in the test. All of it also without
+ * io_uring.
+ */
 import { writeSync } from 'node:fs'
 import { afterAll, describe, expect, test } from 'vitest'
 import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../../src/engine/counters.ts'
@@ -559,6 +562,30 @@ describe.each([
       expect(engine.events).toEqual([])
     })
 
+    // Without io_uring O_NONBLOCK is all that there is.
+    test.skipIf(emulate || !hasUring)(
+      'and that blocks, does not keep a ring that is drained from stopping',
+      async () => {
+        await using engine = await Engine.start(emulate)
+        const { ring, control } = await TestSession.start(engine)
+        fill(ring.callFd)
+        check(native.setNonblock(ring.callFd, false), 'setNonblock')
+        ring.offer(ring.prepare(0, device.PARK), ring.prepare(1, device.PARK))
+        await until('they are handled', () => control[HANDLED] === 2)
+        let base: number | undefined
+        void ring.stop().then(
+          (value) => {
+            base = value
+          },
+          () => {}
+        )
+        await ring.send({ complete: [0] })
+        await ring.send({ complete: [2] })
+        await until('the ring has stopped', () => base === 2, 3)
+        expect((await ring.used(2)).length).toBe(2)
+      }
+    )
+
     it('can be exchanged', async () => {
       await using engine = await Engine.start(emulate)
       const { ring } = await TestSession.start(engine)
@@ -582,7 +609,7 @@ describe.each([
   it('requests for rings that are not there are refused', async () => {
     await using engine = await Engine.start(emulate)
     const [thread] = engine.pool.threads
-    await expect(thread!.request({ kind: 'stopQueue', queue: 7 })).rejects.toThrow('no ring 7')
+    await expect(thread!.request({ kind: 'stopQueue', queue: 7, keep: false })).rejects.toThrow('no ring 7')
     await expect(thread!.request({ kind: 'enableQueue', queue: 7, enabled: true })).rejects.toThrow('no ring 7')
     await expect(thread!.request({ kind: 'setCall', queue: 7, callFd: -1 })).rejects.toThrow('no ring 7')
     await expect(thread!.request({ kind: 'setKick', queue: 7, kickFd: -1 })).rejects.toThrow('no ring 7')
@@ -602,7 +629,7 @@ describe.each([
       ring.offer(ring.prepare(0, i % 2 === 0 ? device.READ : device.NULL))
       await ring.used(1)
       ring.kick()
-      expect(await ring.thread.request({ kind: 'stopQueue', queue: ring.id })).toBe(i + 1)
+      expect(await ring.thread.request({ kind: 'stopQueue', queue: ring.id, keep: false })).toBe(i + 1)
       engine.started.delete(ring)
     }
     expect(session.control[CLOSED]).toBe(50)

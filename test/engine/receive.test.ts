@@ -1,4 +1,6 @@
-/** What a network card asks of an iothread: chains on demand, fds to watch, batches, disabled rings, messages both ways. */
+/**
+ * What a network card asks of an iothread: chains on demand, fds to watch, batches, disabled rings, messages both ways.
+ */
 import { afterAll, describe, expect, test } from 'vitest'
 import { CHAINS, COMPLETED } from '../../src/engine/counters.ts'
 import { IothreadPool } from '../../src/engine/pool.ts'

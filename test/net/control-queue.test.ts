@@ -237,7 +237,7 @@ function commands(current: () => NetBackend): void {
   test('a control queue that is full of commands', () => {
     using guests = guestsOn(current(), {}, {})
     const [a, b] = guests
-    const { driver } = b.net.controlQueue!
+    const { split: driver } = b.net.controlQueue!
     const { gpa } = b.session.memory.allocate(128, 64)
     b.session.memory.write(gpa, Uint8Array.of(0, 0, 1))
     for (let i = 0; i < 32; i++) {

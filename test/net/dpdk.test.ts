@@ -67,11 +67,17 @@ describe.skipIf(reason !== undefined)('a DPDK guest', () => {
   afterAll(() => backend[Symbol.asyncDispose]())
 
   test.each([
-    ['mergeable buffers, one pair', 1, 1],
-    ['mergeable buffers, two pairs', 1, 2],
-    ['no mergeable buffers, one pair', 0, 1],
-    ['no mergeable buffers, two pairs', 0, 2],
-  ])('exchanges every byte: %s', async (_, mergeable, queues) => {
+    ['mergeable buffers, one pair', 1, 1, 0, 0],
+    ['mergeable buffers, two pairs', 1, 2, 0, 0],
+    ['no mergeable buffers, one pair', 0, 1, 0, 0],
+    ['no mergeable buffers, two pairs', 0, 2, 0, 0],
+    ['in order, mergeable buffers', 1, 1, 0, 1],
+    ['in order, no mergeable buffers', 0, 1, 0, 1],
+    ['packed rings, mergeable buffers, two pairs', 1, 2, 1, 0],
+    ['packed rings, no mergeable buffers', 0, 1, 1, 0],
+    ['packed rings in order, mergeable buffers', 1, 1, 1, 1],
+    ['packed rings in order, no mergeable buffers, two pairs', 0, 2, 1, 1],
+  ])('exchanges every byte: %s', async (_, mergeable, queues, packed, inOrder) => {
     using session = Session.open(backend.sockets[1]!, { queues: 0 })
     const driver = new NetDriver(session, { pairs: queues, control: false, rxBuffers: 256 })
     const inputs = Array.from({ length: queues }, (__, queue) => join(backend.directory, `in${queue}.pcap`))
@@ -85,7 +91,7 @@ describe.skipIf(reason !== undefined)('a DPDK guest', () => {
     const files = [...inputs.map((path) => `rx_pcap=${path}`), ...outputs.map((path) => `tx_pcap=${path}`)]
     await using testpmd = await Testpmd.frontend(backend.sockets[0]!, {
       queues,
-      device: [`mrg_rxbuf=${mergeable}`, 'packed_vq=0', 'in_order=0'],
+      device: [`mrg_rxbuf=${mergeable}`, `packed_vq=${packed}`, `in_order=${inOrder}`],
       vdevs: [`net_pcap0,${files.join(',')}`],
       // Or it throws away what is in the file before it begins to forward.
       extra: ['--no-flush-rx'],
@@ -110,10 +116,15 @@ describe.skipIf(reason !== undefined)('a DPDK guest', () => {
   })
 
   test.each([
-    ['mergeable buffers, one pair, packets in three segments', 1, 1, [64, 512, 900]],
-    ['no mergeable buffers, two pairs', 0, 2, [64]],
-  ])('sends to another one: %s', async (_, mergeable, queues, txSegments) => {
-    const device = [`mrg_rxbuf=${mergeable}`, 'packed_vq=0', 'in_order=0']
+    ['mergeable buffers, one pair, packets in three segments', 1, 1, [64, 512, 900], 0, 0],
+    ['no mergeable buffers, two pairs', 0, 2, [64], 0, 0],
+    // Not in three segments: DPDK 22.11 puts those into an indirect table whose first entry, the header, it marks as
+    // device-writable, which is no chain (virtio 1.3 §2.8.7) to QEMU or to us.
+    ['packed rings', 1, 1, [900], 1, 0],
+    ['packed rings in order, two pairs', 0, 2, [64], 1, 1],
+    ['in order, packets in three segments', 1, 1, [64, 512, 900], 0, 1],
+  ])('sends to another one: %s', async (_, mergeable, queues, txSegments, packed, inOrder) => {
+    const device = [`mrg_rxbuf=${mergeable}`, `packed_vq=${packed}`, `in_order=${inOrder}`]
     await using sink = await Testpmd.frontend(backend.sockets[1]!, { mode: 'rxonly', queues, device })
     await using source = await Testpmd.frontend(backend.sockets[0]!, { mode: 'txonly', queues, device, txSegments })
     const passed = () => backend.counter('packets_total', 1, 0)
@@ -124,6 +135,6 @@ describe.skipIf(reason !== undefined)('a DPDK guest', () => {
     const { received } = sink.totals()
     expect(received).toBeGreaterThan(1000)
     expect(received).toBeLessThanOrEqual(source.totals().transmitted)
-    expect(backend.log).not.toContain('"level":"error"')
+    expect(backend.log.split('\n').filter((line) => line.includes('"level":"error"'))).toEqual([])
   })
 })

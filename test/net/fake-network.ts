@@ -1,18 +1,46 @@
 /** A host of taps that are not there, for the control half: what it was told, and what it answers. */
 import { openSync } from 'node:fs'
-import type { DeviceHost, LinkInfo, NetworkHost, TapInfo } from '../../src/device/index.ts'
+import type {
+  DeviceHost,
+  HandoverFiles,
+  InheritedFiles,
+  LinkInfo,
+  NetworkHost,
+  TapInfo,
+} from '../../src/device/index.ts'
 import { fileInfo, lockFile, probeFallocate } from '../../src/engine/files.ts'
 
 export const TAP: TapInfo = {
   name: 'fake0',
   vnetHeader: true,
   multiQueue: true,
+  attached: true,
   tun: false,
   packetInfo: false,
   headerSize: 10,
 }
 const LINK: LinkInfo = { index: 7, up: true, mtu: 1500, mac: new Uint8Array(6), bridge: false, master: 0 }
 const ENODEV = -19
+
+/** What devices keep for a successor, and what a predecessor is said to have kept. */
+export class FakeHandover implements HandoverFiles {
+  readonly kept = new Map<string, InheritedFiles>()
+  readonly inherited = new Map<string, InheritedFiles>()
+
+  keep(key: string, fds: readonly number[], facts: unknown): void {
+    this.kept.set(key, { fds, facts })
+  }
+
+  forget(key: string): void {
+    this.kept.delete(key)
+  }
+
+  take(key: string): InheritedFiles | undefined {
+    const found = this.inherited.get(key)
+    this.inherited.delete(key)
+    return found
+  }
+}
 
 export class FakeHost implements DeviceHost {
   /** Calls of the network that change something, e.g. `offloads 7`. */
@@ -34,6 +62,7 @@ export class FakeHost implements DeviceHost {
   readonly fileInfo = fileInfo
   readonly lockFile = lockFile
   readonly fallocate = probeFallocate
+  readonly handover = new FakeHandover()
 
   constructor() {
     const note =

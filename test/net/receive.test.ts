@@ -281,7 +281,7 @@ function badBuffers(current: () => NetBackend): void {
     (how) => {
       using guests = guestsOn(current(), {}, { rxBuffers: 0 }, {})
       const [a, b, c] = guests
-      const { driver } = b.net.rx()
+      const { split: driver } = b.net.rx()
       if (how === 'a head out of range') driver.issueRaw(999)
       else if (how === 'an address that is nowhere')
         driver.issue(driver.build([{ address: 2 ** 40, length: 2000, writable: true }]))

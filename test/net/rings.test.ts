@@ -59,13 +59,13 @@ function disabled(current: () => NetBackend): void {
     introduce(guests)
     for (let round = 0; round < 3; round++) {
       enable(b, RX, false)
-      const used = b.net.rx().driver.usedIndex
+      const used = b.net.rx().split.usedIndex
       for (let i = 0; i < 20; i++) {
         const bytes = frame({ from: 1, size: 100 })
         a.send(bytes)
         c.gets(bytes)
       }
-      expect(b.net.rx().driver.usedIndex).toBe(used)
+      expect(b.net.rx().split.usedIndex).toBe(used)
       // It sends all the same.
       passes(b, c)
       enable(b, RX, true)
@@ -81,7 +81,7 @@ function disabled(current: () => NetBackend): void {
     c.gets(bytes)
     b.send(frame({ from: 2, size: 100 }))
     passes(a, c)
-    expect(b.net.rx().driver.usedIndex).toBe(0)
+    expect(b.net.rx().split.usedIndex).toBe(0)
     for (const queue of [RX, TX]) enable(b, queue, true)
     passes(a, b)
     passes(b, a)
@@ -142,7 +142,7 @@ function stopped(current: () => NetBackend): void {
       const queue = b.net.rx()
       const base = queue.stop()
       // What it has used is what it counts; all others are still to come.
-      expect(base).toBe(queue.driver.usedIndex)
+      expect(base).toBe(queue.split.usedIndex)
       expect(queue.driver.inFlight).toBe(rxBuffers)
       queue.start(base)
       b.announce(guests.filter((guest) => guest !== b))
@@ -160,7 +160,7 @@ function stopped(current: () => NetBackend): void {
       c.gets(bytes)
       const queue = b.net.rx()
       const base = queue.stop()
-      expect(base).toBe(queue.driver.usedIndex)
+      expect(base).toBe(queue.split.usedIndex)
       queue.start(base)
       // What waited went with the ring.
       const small = frame({ from: 1, size: 100 })
@@ -212,11 +212,11 @@ function stopped(current: () => NetBackend): void {
     introduce(guests)
     for (let round = 0; round < 5; round++) {
       b.session.connection.resetDevice()
-      const used = b.net.rx().driver.usedIndex
+      const used = b.net.rx().split.usedIndex
       a.send(frame({ from: 1, to: 2, size: 100 }))
-      expect(b.net.rx().driver.usedIndex).toBe(used)
+      expect(b.net.rx().split.usedIndex).toBe(used)
       b.session.connection.setFeatures(b.session.features)
-      for (const queue of b.session.queues) queue.start(queue.driver.usedIndex)
+      for (const queue of b.session.queues) queue.start(queue.split.usedIndex)
       b.announce([a])
       passes(a, b)
     }

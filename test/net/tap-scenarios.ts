@@ -80,6 +80,35 @@ const offloadsOf = (name: string): string[] =>
     .map((line) => line.trim().split(':')[0]!)
 
 export const scenarios: Readonly<Record<string, Scenario>> = {
+  'a successor goes on with the queues of an inherited tap, and changes nothing before it may': {
+    run() {
+      const fds = [0, 1].map(() => native.tapOpen('tap0', true))
+      const before = new RealHost()
+      const old = open({ 'tap-fd': fds.join() }, before)
+      old.negotiated!(MQ)
+      old.ringActive!(0, true)
+      assert.deepEqual(queues('tap0'), [1, 1])
+      const kept = before.handover.kept.get(`tap-fd:${fds.join()}`)!
+      const after = new RealHost()
+      const copies = kept.fds.map((fd) => native.dup(fd))
+      after.handover.inherited.set(`tap-fd:${fds.join()}`, { fds: copies, facts: kept.facts })
+      const device = open({ 'tap-fd': fds.join() }, after)
+      device.negotiated!(VERSION_1 | featureSet(1, net.VIRTIO_NET_F_MQ))
+      for (const queue of [0, 2]) device.ringActive!(queue, true)
+      assert.deepEqual(device.queueData.tapFds, copies)
+      assert.deepEqual(queues('tap0'), [1, 1])
+      assert.deepEqual(offloadsOf('tap0'), [])
+      device.takeOver!()
+      assert.deepEqual(queues('tap0'), [2, 0])
+      assert.deepEqual(offloadsOf('tap0'), ['tx-checksum-ip-generic'])
+      for (const fd of fds) closeSync(fd)
+      device.close()
+      // The fds were passed on: they are the successor's to close, and with the last one the tap is gone.
+      assert.equal(tapFds(), 0)
+      assert(!exists('tap0'))
+    },
+  },
+
   'a tap is created, set up, and gone when the card is': {
     run() {
       const device = open({ tap: 'tap0', mtu: 9000 })

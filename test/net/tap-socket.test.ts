@@ -296,7 +296,7 @@ function receiving({ backend, wire: on, bridged }: Setup): void {
       on().send(bytes)
       a.gets(bytes)
       const base = queue.stop()
-      expect(base).toBe(queue.driver.usedIndex)
+      expect(base).toBe(queue.split.usedIndex)
       expect(queue.driver.inFlight).toBe(40)
       queue.start(base)
     }
