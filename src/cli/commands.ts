@@ -21,6 +21,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'print the QEMU arguments for what is served',
     load: async (args) => (await import('./commands/qemu-args.ts')).qemuArgsCommand(args),
   },
+  handover: {
+    summary: 'replace a running daemon by a new process, without its guests noticing',
+    load: async () => (await import('./commands/handover.ts')).handoverCommand,
+  },
   'config-schema': {
     summary: 'print the JSON Schema of the configuration file, for editors',
     load: async () => (await import('./commands/config-schema.ts')).configSchemaCommand,
@@ -32,6 +36,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
   verify: {
     summary: 'check any vhost-user-blk socket: data integrity and corner cases',
     load: async () => (await import('./commands/verify.ts')).verifyCommand,
+  },
+  conformance: {
+    summary: 'check any vhost-user-blk or -net socket against the specifications, case by case',
+    load: async () => (await import('./commands/conformance.ts')).conformanceCommand,
   },
   bench: {
     summary: 'measure any vhost-user-blk or -net socket: IOPS or packets/s, latency, processor time per request',

@@ -2,7 +2,7 @@
  * The command line: finds the command, parses its arguments, runs it, and turns errors into messages and exit codes. It
  * must not know what commands do. `bin/virtiod.js` checks Node's version before it loads this.
  */
-import { readFileSync } from 'node:fs'
+import { readFileSync, writeSync } from 'node:fs'
 import { suggest } from '../daemon/option-table.ts'
 import { ConfigError } from '../device/errors.ts'
 import { parseArguments } from './arguments.ts'
@@ -66,6 +66,21 @@ function report(error: unknown): number {
   return EXIT_FAILURE
 }
 
+/**
+ * A process that was to take over, and failed before it could speak to the one that runs: that one tells the reason.
+ * What loads for it must not be what failed, hence no addon.
+ */
+async function tellPredecessor(error: unknown): Promise<void> {
+  const fd = process.env['VIRTIOD_HANDOVER_FD']
+  if (fd === undefined) return
+  const { failedFrame } = await import('../daemon/handover-messages.ts')
+  try {
+    writeSync(Number(fd), failedFrame((error as Error).message))
+  } catch {
+    // It is gone, or nobody is there.
+  }
+}
+
 /** What is likely behind a front-end's failure, for who runs probe, verify or bench. */
 function hint(error: unknown): string {
   const { code, failure, request } = error as { code?: string; failure?: string; request?: string }
@@ -82,5 +97,9 @@ for (const stream of [process.stdout, process.stderr]) {
   })
 }
 
+const code = await run(process.argv.slice(2)).catch(async (error: unknown) => {
+  await tellPredecessor(error)
+  return report(error)
+})
 // Whatever a command leaves open must not keep the process.
-process.exit(await run(process.argv.slice(2)).catch(report))
+process.exit(code)

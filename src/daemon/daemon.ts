@@ -7,12 +7,17 @@ import { API_VERSION, ConfigError, type Device, DeviceError, type DeviceHost } f
 import { allowedCpus } from '../engine/affinity.ts'
 import { fileInfo, lockFile, probeFallocate } from '../engine/files.ts'
 import { networkHost } from '../engine/network.ts'
-import { IothreadPool } from '../engine/pool.ts'
+import { IothreadPool, moduleUrl } from '../engine/pool.ts'
 import type { DaemonSnapshot } from '../ops/snapshot.ts'
+import { closeFds } from '../vhost-user/fd-channel.ts'
 import { MemoryFaults } from '../vhost-user/memory-faults.ts'
 import type { DaemonConfig, DeviceConfig } from './config.ts'
 import { type DaemonEvents, DeviceServer } from './device-server.ts'
+import { Handover, type HandoverOptions, LostHandover } from './handover.ts'
+import { HandoverError } from './handover-messages.ts'
+import { KeptFiles } from './kept-files.ts'
 import type { Logger } from './log.ts'
+import type { Predecessor } from './predecessor.ts'
 
 export type { DaemonEvents } from './device-server.ts'
 
@@ -21,15 +26,21 @@ export class Daemon extends EventEmitter<DaemonEvents> {
   readonly #pool: IothreadPool
   readonly #log: Logger
   readonly #faults: MemoryFaults
+  readonly #config: DaemonConfig
+  readonly #files: KeptFiles
+  #handover: Handover | undefined
+  #handedOver: Promise<number> | undefined
   /** For tests, and for hosts whose io_uring is known to be bad. */
   readonly #emulate = process.env['VIRTIOD_IO_URING'] === 'off'
   #ended = Promise.withResolvers<void>()
   #died: unknown
   #closed: Promise<void> | undefined
 
-  private constructor(config: DaemonConfig, log: Logger) {
+  private constructor(config: DaemonConfig, log: Logger, files: KeptFiles) {
     super()
     this.#log = log
+    this.#config = config
+    this.#files = files
     this.#pool = new IothreadPool({
       count: config.iothreads,
       ...(config.iothreadCpus === undefined ? {} : { cpus: config.iothreadCpus }),
@@ -43,6 +54,10 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     this.#pool.on('reported', ({ session, index, message }) =>
       this.#serverOf(session)?.device.reported?.(index, message)
     )
+    this.#pool.on('call', ({ session, index }) => this.#serverOf(session)?.ringCalls(index))
+    this.#pool.on('iotlbMiss', ({ session, index, address, access }) =>
+      this.#serverOf(session)?.iotlbMiss(index, address, access)
+    )
     this.#pool.on('death', (error) => this.#iothreadDied(error))
     this.#faults = new MemoryFaults(() => {
       for (const server of this.#servers) server.checkMemory()
@@ -55,9 +70,9 @@ export class Daemon extends EventEmitter<DaemonEvents> {
    */
   static async start(config: DaemonConfig, log: Logger): Promise<Daemon> {
     checkCpus(config.iothreadCpus)
-    const daemon = new Daemon(config, log)
+    const daemon = new Daemon(config, log, new KeptFiles())
     try {
-      for (const device of config.devices) await daemon.#open(device, config)
+      for (const device of config.devices) await daemon.#open(device)
       // The iothreads are still starting (a worker takes 40 ms): front-ends can connect meanwhile, their rings wait
       // for them.
       for (const server of daemon.#servers) server.listen(() => daemon.#served())
@@ -70,12 +85,44 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     }
   }
 
+  /**
+   * Takes the guests over from another process, and resolves when this one serves them; that one waits for it to end
+   * without them.
+   * @throws ConfigError or HandoverError: the other process goes on, and this one is to end
+   */
+  static async takeOver(config: DaemonConfig, log: Logger, predecessor: Predecessor): Promise<Daemon> {
+    checkCpus(config.iothreadCpus)
+    predecessor.check(config.devices)
+    const daemon = new Daemon(config, log, predecessor.files)
+    try {
+      for (const device of config.devices) await daemon.#open(device)
+      const old = new Set(predecessor.hello.devices.map(({ name }) => name))
+      const added = daemon.#servers.filter(({ name }) => !old.has(name))
+      for (const server of added) server.listen(() => daemon.#served(), true)
+      await daemon.#pool.ready()
+      await daemon.#loadQueueModules()
+      daemon.#logIothreads()
+      await daemon.#restore(predecessor)
+      await predecessor.prepared()
+      // ORDER: whoever serves has said so before: the old process takes the guests back if this one dies without a
+      // word.
+      await predecessor.committed()
+    } catch (error) {
+      await daemon.close()
+      throw error
+    }
+    await Promise.all(daemon.#servers.map((server) => server.start()))
+    await daemon.#pool.broadcast({ kind: 'resume', session: 'all' })
+    for (const server of daemon.#servers) server.begin(() => daemon.#served())
+    return daemon
+  }
+
   /** Opens and closes every device, without iothreads or sockets. @throws ConfigError */
   static async check(config: DaemonConfig, log: Logger): Promise<void> {
     checkCpus(config.iothreadCpus)
     const devices: Device[] = []
     try {
-      const nobody = { daemon: devices, configChanged: () => {}, send: () => {} }
+      const nobody = { daemon: devices, configChanged: () => {}, send: () => {}, handover: new KeptFiles() }
       for (const device of config.devices) devices.push(await openDevice(device, config, log, nobody))
     } finally {
       for (const device of devices) device.close()
@@ -112,7 +159,31 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     for (const server of this.#servers) server.refresh()
   }
 
-  /** Ends all sessions (what is in flight completes), removes the sockets, stops the iothreads. Idempotent. */
+  /**
+   * Hands all guests over to a new process, which serves when this resolves, to its pid. This process has nothing to do
+   * any more: `close` leaves everything alone that the new one has.
+   * @throws HandoverError when the daemon goes on as before
+   */
+  async handOver(options: HandoverOptions): Promise<number> {
+    if (this.#closed !== undefined) throw new HandoverError('the daemon is stopping')
+    if (this.#handover !== undefined) throw new HandoverError('a handover is under way already')
+    const pause = () => void this.#pool.broadcast({ kind: 'pause', session: 'all' }).catch(() => {})
+    this.#handover = new Handover(this.#servers, this.#log, pause, options)
+    try {
+      this.#handedOver = this.#handover.run(this.#config.devices, this.#files)
+      return await this.#handedOver
+    } catch (error) {
+      this.#handedOver = undefined
+      this.#handover = undefined
+      if (error instanceof LostHandover) this.#ended.reject(error)
+      throw error
+    }
+  }
+
+  /**
+   * Ends all sessions (what is in flight completes), removes the sockets, stops the iothreads; a handover that is not
+   * yet committed fails. Idempotent.
+   */
   close(): Promise<void> {
     this.#closed ??= this.#close()
     return this.#closed
@@ -131,21 +202,50 @@ export class Daemon extends EventEmitter<DaemonEvents> {
   }
 
   async #close(): Promise<void> {
-    await Promise.all(this.#servers.map((server) => server.close()))
+    this.#handover?.cancel('the daemon is stopping')
+    const handedOver = await this.#handedOver?.catch(() => undefined)
+    if (handedOver === undefined) {
+      await Promise.all(this.#servers.map((server) => server.close()))
+      this.#files[Symbol.dispose]()
+    }
     await this.#pool.close()
     this.#faults[Symbol.dispose]()
   }
 
-  async #open(config: DeviceConfig, whole: DaemonConfig): Promise<void> {
+  async #open(config: DeviceConfig): Promise<void> {
     const log = this.#log.child({ device: config.name })
     let server: DeviceServer | undefined
-    const device = await openDevice(config, whole, log, {
+    const device = await openDevice(config, this.#config, log, {
       daemon: this,
+      handover: this.#files,
       configChanged: () => server?.configChanged(),
       send: (index, message) => server?.rings.send(index, message),
     })
     server = new DeviceServer(config, device, this.#pool, log, this)
     this.#servers.push(server)
+  }
+
+  /** Before the guests wait for it, and while a version that can't be loaded does no harm. */
+  async #loadQueueModules(): Promise<void> {
+    const modules = new Set(this.#config.devices.map(({ definition }) => moduleUrl(definition.queueModule).href))
+    for (const module of modules) await this.#pool.broadcast({ kind: 'load', module })
+  }
+
+  async #restore(predecessor: Predecessor): Promise<void> {
+    const received = await predecessor.devices()
+    const lost: number[] = []
+    await Promise.all(
+      received.map(async ({ device, fds }) => {
+        const server = this.#servers.find(({ name }) => name === device.name)
+        if (server === undefined) lost.push(...fds)
+        else await server.restore(device, fds)
+      })
+    )
+    closeFds(lost)
+    const missing = predecessor.hello.devices.find(({ name }) => !received.some(({ device }) => device.name === name))
+    if (missing !== undefined) throw new HandoverError(`the state of the device ${missing.name} did not come`)
+    // What no device took: an uplink that two devices name, a device that found its own way.
+    predecessor.files[Symbol.dispose]()
   }
 
   #logIothreads(): void {
@@ -190,7 +290,7 @@ async function openDevice(
   config: DeviceConfig,
   whole: DaemonConfig,
   log: Logger,
-  own: Pick<DeviceHost, 'daemon' | 'configChanged' | 'send'>
+  own: Pick<DeviceHost, 'daemon' | 'configChanged' | 'send' | 'handover'>
 ): Promise<Device> {
   const { apiVersion, name } = config.definition
   if (apiVersion !== API_VERSION) {

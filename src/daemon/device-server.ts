@@ -1,14 +1,21 @@
-/** One device of the daemon: its socket, and the sessions of its front-ends, one after the other. */
+/**
+ * One device of the daemon: its socket, and the sessions of its front-ends, one after the other; and how both go on in
+ * another process (handover.ts).
+ */
 import type { EventEmitter } from 'eventemitter3'
 import { ConfigError, type Device, type DeviceDefinition } from '../device/index.ts'
-import { BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
+import { ABANDONED, BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
 import type { IothreadPool } from '../engine/pool.ts'
 import type { DeviceSnapshot } from '../ops/snapshot.ts'
 import type { Connection } from '../vhost-user/connection.ts'
 import { ProtocolError } from '../vhost-user/errors.ts'
+import { closeFds } from '../vhost-user/fd-channel.ts'
 import { connectedSocket, Listener } from '../vhost-user/listener.ts'
+import type { SavedSession } from '../vhost-user/saved-session.ts'
 import { Session } from '../vhost-user/session.ts'
 import type { DeviceConfig, SocketAddress } from './config.ts'
+import type { Handed } from './handover.ts'
+import type { HandedDevice } from './handover-messages.ts'
 import { LineLimit } from './line-limit.ts'
 import type { Logger } from './log.ts'
 import { Rings } from './rings.ts'
@@ -39,6 +46,14 @@ export class DeviceServer {
   #session: Session | undefined
   #running: Promise<void> | undefined
   #closing = false
+  /** All is another process's. */
+  #abandoned = false
+  #suspending: Promise<void> | undefined
+  /** `Device.letGo` has been called. */
+  #letGo = false
+  /** `restore` has been called, and `begin` not yet: all is still the old process's. */
+  #restored = false
+  #configBefore = Buffer.alloc(0)
   #sessions = 0
   #protocolErrors = 0
 
@@ -61,22 +76,152 @@ export class DeviceServer {
   /**
    * Binds the socket and begins to serve. @param onEnd called when a connection that was handed down has ended:
    * nobody can come any more
+   * @param hold front-ends wait in the backlog until `begin`
    * @throws ConfigError when the socket can't be had
    */
-  listen(onEnd: () => void): void {
+  listen(onEnd: () => void, hold = false): void {
     if ('fd' in this.#socket) {
       const connection = adopt(this.#socket.fd)
       if (connection !== undefined) {
-        this.#running = this.#serve(connection).then(() => {
-          this.handedDownEnded = true
-          onEnd()
-        })
+        this.#running = this.#serveOnly(this.#serve(connection), onEnd)
         return
       }
       this.#listener = Listener.adopt(this.#socket.fd)
     } else this.#listener = bind(this.#socket.path)
+    if (hold) this.#listener.hold()
     this.#running = this.#acceptAll(this.#listener)
     this.#log.info({ socket: this.#socket }, 'listening')
+  }
+
+  // ---- handover, the old process
+
+  /** Stops serving in a state from which this process or another one goes on. New front-ends wait in the backlog. */
+  suspend(): Promise<Handed> {
+    const suspending = this.#suspend()
+    this.#suspending = suspending.then(
+      () => {},
+      () => {}
+    )
+    return suspending
+  }
+
+  /** Goes on after `suspend`, after one that failed, or instead of one that hangs. */
+  async resume(): Promise<void> {
+    this.#takeBack()
+    const session = this.#session
+    try {
+      // It ends a `suspend` that waits for what is in flight. Rings that never stopped are still paused.
+      await session?.resume()
+      await this.rings.resume()
+    } catch (error) {
+      this.#log.error({ err: error }, 'the session cannot go on after a handover that failed, its connection is closed')
+      session?.connection.abort()
+    }
+    await this.#suspending
+    this.#takeBack()
+    this.rings.staysActive = false
+    this.#listener?.resume()
+  }
+
+  /** Lets go of what another process has now, without a trace on socket, connection or device. */
+  abandon(): void {
+    this.#abandoned = true
+    this.#session?.abandon()
+    this.#listener?.abandon()
+  }
+
+  async #suspend(): Promise<Handed> {
+    this.#listener?.hold()
+    this.rings.staysActive = true
+    const saved = await this.#suspendSession()
+    const state = await this.rings.saveState()
+    this.device.letGo?.()
+    this.#letGo = true
+    const file = this.#listener?.file
+    const device: HandedDevice = {
+      kind: 'device',
+      name: this.name,
+      ...(this.#listener === undefined ? {} : { listener: file === undefined ? {} : { file } }),
+      ended: this.handedDownEnded,
+      ...(saved === undefined ? {} : { session: saved.state }),
+      state: Buffer.from(state).toString('base64'),
+      config: Buffer.from(this.device.config()).toString('base64'),
+    }
+    const listening = this.#listener === undefined ? [] : [this.#listener.fd]
+    return { device, fds: [...listening, ...(saved?.fds ?? [])] }
+  }
+
+  /** Undefined: there is none, or its front-end left just now. */
+  async #suspendSession(): Promise<SavedSession | undefined> {
+    const session = this.#session
+    try {
+      const saved = await session?.suspend()
+      return this.#session === session ? saved : undefined
+    } catch (error) {
+      if (this.#session === session) throw error
+      return undefined
+    }
+  }
+
+  #takeBack(): void {
+    if (!this.#letGo) return
+    this.#letGo = false
+    this.device.takeBack?.()
+  }
+
+  // ---- handover, the new process
+
+  /**
+   * Takes what the old process handed over, without serving yet.
+   * @param fds ours now
+   * @throws an Error when it can't be used
+   */
+  async restore(handed: HandedDevice, fds: number[]): Promise<void> {
+    this.#restored = true
+    try {
+      if (handed.listener !== undefined) {
+        const [fd = -1] = fds.splice(0, 1)
+        this.#listener = Listener.adopt(fd, handed.listener.file)
+        this.#listener.hold()
+      }
+      this.handedDownEnded = handed.ended
+      this.#configBefore = Buffer.from(handed.config, 'base64')
+      this.rings.begin()
+      this.rings.hold()
+      await this.rings.loadState(Buffer.from(handed.state, 'base64'))
+    } catch (error) {
+      closeFds(fds)
+      throw error
+    }
+    if (handed.session !== undefined) this.#adoptSession(await Session.restore(this.rings, handed.session, fds))
+    else closeFds(fds)
+  }
+
+  /** Starts what was restored; its rings are paused until all devices are here. The old process has let go. */
+  async start(): Promise<void> {
+    this.device.takeOver?.()
+    if (!this.#restored) return
+    try {
+      await this.rings.release()
+    } catch (error) {
+      this.#log.error({ err: error }, 'a ring cannot go on in this process, its connection is closed')
+      this.#session?.connection.abort()
+    }
+  }
+
+  /** Serves on, and listens. */
+  begin(onEnd: () => void): void {
+    const listener = this.#listener
+    listener?.resume()
+    if (!this.#restored) return
+    this.#restored = false
+    const session = this.#session
+    const first = session === undefined ? Promise.resolve() : this.#run(session)
+    if (listener !== undefined) this.#running = first.then(() => this.#acceptAll(listener))
+    else if (this.handedDownEnded) onEnd()
+    else this.#running = this.#serveOnly(first, onEnd)
+    // What the new version or the new file says about the device, or an image that was resized.
+    if (session !== undefined && !this.#configBefore.equals(this.device.config())) this.configChanged()
   }
 
   /** Looks at the backing store again; a driver hears of a changed config space. */
@@ -103,6 +248,17 @@ export class DeviceServer {
     this.#session?.ringBroke(index)
     this.#say('error', { queue: index, code }, `the driver broke its ring: ${message}`)
     this.#events.emit('ringBroken', this.name, index, code)
+  }
+
+  /** A ring without a call fd has something for its driver. */
+  ringCalls(index: number): void {
+    this.rings.queues[index]!.counters.takeCall()
+    this.#session?.ringCalls(index)
+  }
+
+  /** A ring needs a translation. */
+  iotlbMiss(index: number, address: number, access: number): void {
+    this.#session?.iotlbMiss(index, address, access)
   }
 
   deviceFailed(index: number, error: unknown): void {
@@ -140,7 +296,10 @@ export class DeviceServer {
           calls: counters.values[CALLS]!,
           callsSuppressed: counters.values[CALLS_SUPPRESSED]!,
           chains: counters.values[CHAINS]!,
-          inFlight: ring === undefined ? 0 : Math.max(0, counters.values[CHAINS]! - counters.values[COMPLETED]!),
+          inFlight:
+            ring === undefined
+              ? 0
+              : Math.max(0, counters.values[CHAINS]! - counters.values[COMPLETED]! - counters.values[ABANDONED]!),
           brokenTotal: counters.values[BROKEN]!,
           operations: counters.operations(this.#definition.operations),
           errors: counters.errors(this.#definition.errors),
@@ -151,6 +310,7 @@ export class DeviceServer {
   /** Ends the session (what is in flight completes), removes the socket, closes the device. */
   async close(): Promise<void> {
     this.#closing = true
+    if (this.#restored) this.abandon()
     this.#listener?.[Symbol.dispose]()
     this.#session?.connection.abort()
     await this.#running
@@ -171,23 +331,40 @@ export class DeviceServer {
     }
   }
 
+  /** A connection that was handed down: when it ends, nobody comes any more. */
+  async #serveOnly(session: Promise<void>, onEnd: () => void): Promise<void> {
+    await session
+    this.handedDownEnded = true
+    onEnd()
+  }
+
   async #serve(connection: Connection): Promise<void> {
     this.rings.begin()
-    const about = { session: this.rings.session }
     const session = new Session(connection, this.rings)
+    this.#adoptSession(session)
+    this.#say('info', { session: this.rings.session }, 'front-end connected')
+    this.#events.emit('sessionOpen', this.name)
+    await this.#run(session)
+  }
+
+  #adoptSession(session: Session): void {
+    const about = { session: this.rings.session }
     session.onRefused = (error) => {
       this.#protocolErrors++
       this.#say('warn', { ...about, code: error.code }, `refused: ${error.message}`)
     }
     this.#session = session
     this.#sessions++
-    if (this.#closing) connection.abort()
-    this.#say('info', about, 'front-end connected')
-    this.#events.emit('sessionOpen', this.name)
+  }
+
+  /** Until the front-end leaves. */
+  async #run(session: Session): Promise<void> {
+    const about = { session: this.rings.session }
+    if (this.#closing) session.connection.abort()
     let cause: unknown
     try {
       await session.run()
-      this.#say('info', about, 'front-end left')
+      if (!this.#abandoned) this.#say('info', about, 'front-end left')
     } catch (error) {
       cause = error
       if (error instanceof ProtocolError) {
@@ -196,9 +373,11 @@ export class DeviceServer {
         this.#say('error', { ...about, code: error.code }, message)
       } else this.#say('error', { ...about, err: error }, 'the session failed, its connection is closed')
     } finally {
-      this.#session = undefined
-      await this.rings.end()
-      this.#events.emit('sessionClose', this.name, cause)
+      if (!this.#abandoned) {
+        this.#session = undefined
+        await this.rings.end()
+        this.#events.emit('sessionClose', this.name, cause)
+      }
     }
   }
 }

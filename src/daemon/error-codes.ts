@@ -52,6 +52,9 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_DEVICE_RECEIVER: 'The device took a chain out of a packet receiver that holds none.',
   // ---- RingError: the driver's; stops that ring
   ...sentences(RING_ERRORS),
+  // ---- a handover to a new process
+  ERR_HANDOVER: 'The guests were not handed over to a new process: the one that served them goes on.',
+  ERR_HANDOVER_LOST: 'A handover went wrong when the new process served already: the guests have to connect again.',
   // ---- the installation, and the other end
   ERR_FRONTEND: 'probe, verify or bench did not get from a back-end what they asked for.',
   ERR_NATIVE_LOAD:

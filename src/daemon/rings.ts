@@ -6,25 +6,39 @@ import type { Device, DeviceDefinition, NetworkRequests } from '../device/index.
 import { QueueCounters } from '../engine/counters.ts'
 import type { Request } from '../engine/messages.ts'
 import { type IothreadHandle, type IothreadPool, moduleUrl } from '../engine/pool.ts'
-import type { RingHost, RingStart } from '../vhost-user/session.ts'
+import type { RingHost, RingStart, SharedArea } from '../vhost-user/ring-host.ts'
 import {
+  VHOST_F_LOG_ALL,
   VHOST_USER_F_PROTOCOL_FEATURES,
+  VIRTIO_F_ACCESS_PLATFORM,
   VIRTIO_F_ANY_LAYOUT,
   VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_IN_ORDER,
   VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_RING_PACKED,
   VIRTIO_F_VERSION_1,
   VIRTQ_MAX_SIZE,
 } from '../virtio/constants.ts'
 import { featureSet } from '../virtio/features.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
+import { changedSpan } from './config-space.ts'
 
-/** What the rings and the transport offer, whatever the device. */
+/**
+ * What the rings and the transport offer, whatever the device. Not there: RING_RESET, which front-ends serve by
+ * GET_VRING_BASE and a new start and we could do, but QEMU 7.2 takes it for its network cards and then
+ * tells only kernel back-ends of a reset: we would go on in a ring that the driver has freed. NOTIFICATION_DATA,
+ * for which an eventfd has no room. NOTIFY_ON_EMPTY, which is legacy and no driver asks for.
+ */
 export const RING_FEATURES = featureSet(
+  VHOST_F_LOG_ALL,
   VIRTIO_F_ANY_LAYOUT,
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_EVENT_IDX,
   VHOST_USER_F_PROTOCOL_FEATURES,
-  VIRTIO_F_VERSION_1
+  VIRTIO_F_VERSION_1,
+  VIRTIO_F_ACCESS_PLATFORM,
+  VIRTIO_F_RING_PACKED,
+  VIRTIO_F_IN_ORDER
 )
 
 /** One virtqueue of a device, over all sessions. */
@@ -57,6 +71,10 @@ export class Rings implements RingHost {
   readonly #device: Device
   readonly #module: string
   readonly #threads: readonly IothreadHandle[]
+  /** Rings to start by `release`. */
+  #held: Map<number, RingStart> | undefined
+  /** Handover: rings that stop go on, here or in another process, and need what they have. */
+  staysActive = false
 
   constructor(definition: DeviceDefinition, device: Device, pool: IothreadPool) {
     this.#device = device
@@ -89,8 +107,14 @@ export class Rings implements RingHost {
     return this.#device.config()
   }
 
-  writeConfig(offset: number, bytes: Uint8Array): boolean {
-    return this.#device.writeConfig(offset, bytes)
+  /**
+   * A migrated device gets its whole config space back: what is as it is needs no write, so that only a difference in a
+   * read-only field is refused (the device on the other side was another one).
+   */
+  writeConfig(offset: number, bytes: Uint8Array, migration: boolean): boolean {
+    if (!migration) return this.#device.writeConfig(offset, bytes)
+    const { start, end } = changedSpan(this.#device.config(), offset, bytes)
+    return start === end || this.#device.writeConfig(offset + start, bytes.subarray(start, end))
   }
 
   negotiated(features: bigint): void {
@@ -101,9 +125,29 @@ export class Rings implements RingHost {
     this.#device.reset?.()
   }
 
+  /** Rings that are started from now on wait: who serves them is not yet decided. */
+  hold(): void {
+    this.#held = new Map()
+  }
+
+  /** Starts the rings that waited, paused. @throws when one can't be started */
+  async release(): Promise<void> {
+    const held = [...(this.#held ?? [])]
+    this.#held = undefined
+    await Promise.all(held.map(([index, start]) => this.#start(index, start, true)))
+  }
+
   async startRing(index: number, start: RingStart): Promise<void> {
+    if (this.#held !== undefined) {
+      this.#held.set(index, start)
+      if (start.enabled) this.#device.ringActive?.(index, true)
+    } else await this.#start(index, start, false)
+  }
+
+  async #start(index: number, start: RingStart, paused: boolean): Promise<void> {
     const queue = this.queues[index]!
     const ring = queue.thread.takeRing()
+    queue.counters.takeCall()
     if (start.enabled) this.#device.ringActive?.(index, true)
     try {
       await queue.thread.request({
@@ -111,6 +155,7 @@ export class Rings implements RingHost {
         queue: ring,
         session: this.session,
         index,
+        paused,
         ...start,
         module: this.#module,
         data: this.#device.queueData,
@@ -127,13 +172,13 @@ export class Rings implements RingHost {
     queue.used = true
   }
 
-  async stopRing(index: number): Promise<number> {
+  async stopRing(index: number, keep: boolean): Promise<number> {
     const queue = this.queues[index]!
     const ring = queue.ring!
-    const base = await queue.thread.request({ kind: 'stopQueue', queue: ring })
+    const base = await queue.thread.request({ kind: 'stopQueue', queue: ring, keep })
     queue.thread.freeRing(ring)
     queue.ring = undefined
-    if (queue.enabled) this.#device.ringActive?.(index, false)
+    if (queue.enabled && !this.staysActive) this.#device.ringActive?.(index, false)
     return base
   }
 
@@ -157,6 +202,11 @@ export class Rings implements RingHost {
     await queue.thread.request({ kind: 'setCall', queue: queue.ring!, callFd })
   }
 
+  async kick(index: number): Promise<void> {
+    const queue = this.queues[index]!
+    await queue.thread.request({ kind: 'kick', queue: queue.ring! })
+  }
+
   async pause(): Promise<void> {
     await this.#all({ kind: 'pause', session: this.session })
   }
@@ -165,8 +215,34 @@ export class Rings implements RingHost {
     await this.#all({ kind: 'resume', session: this.session })
   }
 
-  async setMemory(regions: readonly RegionDescription[]): Promise<void> {
-    await this.#all({ kind: 'setMemory', session: this.session, regions })
+  async setMemory(regions: readonly RegionDescription[], translated: boolean): Promise<void> {
+    await this.#all({ kind: 'setMemory', session: this.session, regions, translated })
+  }
+
+  async updateIotlb(regions: readonly RegionDescription[]): Promise<void> {
+    await this.#all({ kind: 'iotlbUpdate', session: this.session, regions })
+  }
+
+  async invalidateIotlb(address: number, size: number): Promise<void> {
+    await this.#all({ kind: 'iotlbInvalidate', session: this.session, address, size })
+  }
+
+  async setLog(log: SharedArea | undefined, fd: number): Promise<void> {
+    await this.#all({ kind: 'setLog', session: this.session, log, fd })
+  }
+
+  async setRingLog(index: number, address: number): Promise<void> {
+    const queue = this.queues[index]!
+    await queue.thread.request({ kind: 'setRingLog', queue: queue.ring!, address })
+  }
+
+  async saveState(): Promise<Uint8Array> {
+    return (await this.#device.saveState?.()) ?? new Uint8Array(0)
+  }
+
+  async loadState(state: Uint8Array): Promise<void> {
+    if (this.#device.loadState !== undefined) await this.#device.loadState(state)
+    else if (state.length > 0) throw new Error(`${state.length} bytes of state for a device that has none`)
   }
 
   /** A message of the control half for the handler of a queue; lost when its ring is not started. */

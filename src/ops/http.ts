@@ -2,7 +2,7 @@
  * The operations server: GET /metrics and /healthz over HTTP, on loopback or a unix socket. It must not know the
  * daemon: what to answer comes from two callbacks.
  */
-import { lstatSync, unlinkSync } from 'node:fs'
+import { lstatSync, rmSync, unlinkSync } from 'node:fs'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import { type AddressInfo, connect } from 'node:net'
 import { ConfigError } from '../device/errors.ts'
@@ -23,8 +23,12 @@ export interface OperationsHandlers {
 export interface OperationsServer {
   /** Where it listens in fact, for a human: `http://127.0.0.1:9400` or `unix:/run/virtiod.sock`. */
   readonly url: string
+  /** The listening socket, for a process that takes over; undefined when there is none to pass. */
+  readonly fd: number | undefined
   /** Stops listening and ends every connection, idle or not. Idempotent. */
   close(): Promise<void>
+  /** Ends every connection, and leaves the listening socket to another process that has it. This one has to end after it. */
+  abandon(): void
 }
 
 /** The content type of the Prometheus text format. */
@@ -35,12 +39,14 @@ export const HEALTH_TIMEOUT_MS = 1000
 /**
  * Starts to listen.
  * @param option how the operator named the address, for errors: `--metrics`
+ * @param inherited a socket that listens on the address already: ours now
  * @throws ConfigError ERR_METRICS_LISTEN when the address can't be had
  */
 export async function startOperationsServer(
   address: MetricsAddress,
   handlers: OperationsHandlers,
-  option = '--metrics'
+  option = '--metrics',
+  inherited?: number
 ): Promise<OperationsServer> {
   const server = createServer((request, response) => {
     void answer(request, response, handlers)
@@ -51,7 +57,8 @@ export async function startOperationsServer(
   server.requestTimeout = 10_000
   server.maxConnections = 64
   try {
-    await listenReplacingStale(server, address)
+    if (inherited === undefined) await listenReplacingStale(server, address)
+    else await listen(server, { fd: inherited })
   } catch (error) {
     throw listenError(error as NodeJS.ErrnoException, address, option)
   }
@@ -59,18 +66,34 @@ export async function startOperationsServer(
   server.on('error', () => {})
   return {
     url: urlOf(server, address),
+    fd: handleOf(server),
     close: () =>
       new Promise((resolve) => {
-        server.close(() => resolve())
+        server.close(() => {
+          // libuv removes the file only of a socket that it bound.
+          if (inherited !== undefined && 'path' in address) rmSync(address.path, { force: true })
+          resolve()
+        })
         server.closeAllConnections()
       }),
+    abandon: () => {
+      server.closeAllConnections()
+      // Closing a unix socket would remove its file.
+      if (!('path' in address)) server.close()
+    },
   }
 }
 
-function listen(server: Server, address: MetricsAddress): Promise<void> {
+/** Node tells the fd of a listening socket in no documented way. */
+function handleOf(server: Server): number | undefined {
+  const { fd = -1 } = (server as unknown as { _handle?: { fd?: number } })._handle ?? {}
+  return fd >= 0 ? fd : undefined
+}
+
+function listen(server: Server, address: MetricsAddress | { readonly fd: number }): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once('error', reject)
-    server.listen('path' in address ? { path: address.path } : { host: address.host, port: address.port }, () => {
+    server.listen({ ...address }, () => {
       server.off('error', reject)
       resolve()
     })

@@ -7,6 +7,8 @@ export const checkoutLauncher = fileURLToPath(new URL('../../bin/virtiod.js', im
 
 export interface RunOptions {
   readonly cwd?: string
+  /** Beside the variables of this process. */
+  readonly env?: NodeJS.ProcessEnv
   /** Another Node. */
   readonly node?: string
   /** Another installation's bin/virtiod.js. */
@@ -33,8 +35,15 @@ export class Running implements AsyncDisposable {
   stderr = ''
   #waiting: (() => void)[] = []
 
-  constructor(args: readonly string[], { cwd, node = process.execPath, launcher = checkoutLauncher }: RunOptions = {}) {
-    this.process = spawn(node, [launcher, ...args], { cwd, stdio: ['ignore', 'pipe', 'pipe'] })
+  constructor(
+    args: readonly string[],
+    { cwd, env, node = process.execPath, launcher = checkoutLauncher }: RunOptions = {}
+  ) {
+    this.process = spawn(node, [launcher, ...args], {
+      cwd,
+      env: { ...process.env, ...env },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    })
     for (const name of ['stdout', 'stderr'] as const) {
       this.process[name]!.setEncoding('utf8').on('data', (text: string) => {
         this[name] += text

@@ -216,8 +216,8 @@ describe.each(kinds)('/metrics, %s', (kind) => {
     ).toBe(1)
 
     // A ring that breaks, and a front-end that breaks the protocol.
-    opened.session.queue(1).driver.issueRaw(50_000)
-    opened.session.queue(1).driver.publishRaw(opened.session.queue(1).driver.availableIndex)
+    opened.session.queue(1).split.issueRaw(50_000)
+    opened.session.queue(1).split.publishRaw(opened.session.queue(1).split.availableIndex)
     expect(eventually(() => opened.session.queue(1).broken())).toBe(true)
     const broken = await scrape(url)
     expect(broken.get('virtiod_vring_broken{device="blk0",queue="1"}')).toBe(1)

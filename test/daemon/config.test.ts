@@ -37,7 +37,7 @@ describe('flags', () => {
     expect(only(config)).toEqual({
       name: 'blk0',
       socket: { path: 's' },
-      options: { 'blk-file': 'f', 'read-only': false, cache: 'writeback', 'num-queues': 16 },
+      options: { 'blk-file': 'f', 'read-only': false, cache: 'writeback', 'num-queues': 16, lock: 'on' },
     })
   })
 

@@ -44,6 +44,8 @@ const commonOptions = v.strictObject({
   ),
   seconds: v.optional(integer(1, 86_400, 'How long to measure'), 5),
   'no-event-idx': flag("Don't negotiate EVENT_IDX"),
+  packed: flag('Use packed rings; the back-end has to offer RING_PACKED'),
+  inflight: flag('Have the back-end track what is in flight; it has to offer INFLIGHT_SHMFD'),
   json: flag('Print the result as JSON'),
 })
 
@@ -66,6 +68,8 @@ const blkOptions = v.strictObject({
     })
   ),
   indirect: flag('Use indirect descriptors where they are offered'),
+  'in-order': flag('Have everything completed in order; the back-end has to offer IN_ORDER'),
+  log: flag('Have the back-end log the pages that it writes to, as in a live migration'),
 })
 
 const netOptions = v.strictObject({
@@ -143,7 +147,9 @@ async function runBlk(socket: string, values: Values, common: Common, progress: 
     driver: common.driver,
     seconds: common.seconds,
     indirect: options.indirect,
-    noEventIdx: common['no-event-idx'],
+    inOrder: options['in-order'],
+    log: options.log,
+    ...ringOptions(common),
     ...(options.size === undefined ? {} : { size: options.size }),
     ...progress,
   }
@@ -177,13 +183,21 @@ async function runNet(
     queueSize: options['queue-size'],
     driver: common.driver,
     seconds: common.seconds,
-    noEventIdx: common['no-event-idx'],
+    ...ringOptions(common),
     noMergeable: options['no-mrg-rxbuf'],
     ...progress,
   }
   const result = refusable('network device', () => netBench(sockets, settings))
   print(result, formatNetBench(result), common.json, progress)
   return result.packetsPerSecond > 0
+}
+
+function ringOptions(common: Common): Pick<BenchOptions, 'noEventIdx' | 'packed' | 'inflight'> {
+  return {
+    noEventIdx: common['no-event-idx'],
+    packed: common.packed,
+    inflight: common.inflight,
+  }
 }
 
 /** What a socket offers decides; options of one kind alone, or a second socket, decide where that is not enough. */

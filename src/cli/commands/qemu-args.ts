@@ -120,6 +120,7 @@ const noNetwork: NetworkHost = {
     name: 'tap',
     vnetHeader: true,
     multiQueue: true,
+    attached: true,
     tun: false,
     packetInfo: false,
     headerSize: 12,
@@ -153,4 +154,5 @@ export const observer: DeviceHost = {
   lockFile: () => true,
   fallocate: () => 0,
   configChanged: ignore,
+  handover: { keep: ignore, forget: ignore, take: () => undefined },
 }

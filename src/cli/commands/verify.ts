@@ -14,6 +14,11 @@ const verifyOptions = v.strictObject({
     ),
     false
   ),
+  packed: v.optional(
+    v.pipe(v.boolean(), v.description('Use packed rings; cases about what only split rings have are skipped')),
+    false
+  ),
+  'in-order': v.optional(v.pipe(v.boolean(), v.description('Have everything completed in order (IN_ORDER)')), false),
   filter: v.optional(
     v.pipe(
       v.array(v.string()),
@@ -64,6 +69,8 @@ export const verifyCommand: Command = {
     const result = await verify(socket, {
       readOnly: options['read-only'],
       hostile: options.hostile,
+      packed: options.packed,
+      inOrder: options['in-order'],
       filter: options.filter,
       seed: options.seed,
       signal: interrupted(),
