@@ -4,7 +4,13 @@
  * prints the text.
  */
 import { decodeBlkConfig, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO } from '../virtio/blk.ts'
-import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC } from '../virtio/constants.ts'
+import {
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_IN_ORDER,
+  VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_RING_PACKED,
+} from '../virtio/constants.ts'
+import { DirtyLogArea } from './dirty-log.ts'
 import { FrontendError } from './errors.ts'
 import { Histogram } from './histogram.ts'
 import type { Pattern } from './load.ts'
@@ -34,6 +40,12 @@ export interface BenchOptions {
   readonly indirect?: boolean
   /** Don't acknowledge EVENT_IDX. */
   readonly noEventIdx?: boolean
+  /** Packed rings, IN_ORDER, in-flight tracking: a FrontendError when the back-end does not offer it; default false. */
+  readonly packed?: boolean
+  readonly inOrder?: boolean
+  readonly inflight?: boolean
+  /** Log dirty pages meanwhile, and take them out ten times a second, as a migration does; default false. */
+  readonly log?: boolean
   /** Ring entries; default the power of two that holds 3 × qd, at least 128. */
   readonly queueSize?: number
   readonly seed?: number
@@ -53,6 +65,10 @@ export interface BenchResult {
   readonly driver: WaitMode
   readonly eventIdx: boolean
   readonly indirect: boolean
+  readonly packed: boolean
+  readonly inOrder: boolean
+  readonly inflight: boolean
+  readonly log: boolean
   readonly seconds: number
   readonly requests: number
   readonly errors: number
@@ -102,6 +118,9 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
     queues: 0,
     memory: layouts.single(memory),
     withoutFeatures: options.noEventIdx === true ? [VIRTIO_F_EVENT_IDX] : [],
+    packed: options.packed === true,
+    inOrder: options.inOrder === true,
+    inflight: options.inflight === true && { numQueues: queues, queueSize },
     ...(options.timeoutMs !== undefined && { timeoutMs: options.timeoutMs }),
   })
   const area = workingSet(session, rw, bs, queues, options.size)
@@ -127,7 +146,9 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
     )
   }
   const pid = session.connection.peerPid
-  const run = new Run(session, rings, loads, histogram, driver, options.progress)
+  using log = options.log === true ? new DirtyLogArea(session.memory) : undefined
+  if (log !== undefined) session.startLog(log)
+  const run = new Run(session, rings, loads, histogram, driver, options.progress, log)
   const measured = run.measure((options.warmup ?? 0.5) * 1000, (options.seconds ?? 5) * 1000, pid)
   return {
     socket: socketPath,
@@ -138,6 +159,10 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
     queues,
     driver,
     indirect,
+    packed: session.has(VIRTIO_F_RING_PACKED),
+    inOrder: session.has(VIRTIO_F_IN_ORDER),
+    inflight: session.inflight !== undefined,
+    log: log !== undefined,
     eventIdx: session.has(VIRTIO_F_EVENT_IDX),
     seconds: measured.ms / 1000,
     requests: measured.requests,
@@ -165,7 +190,9 @@ export function formatBench(result: BenchResult): string {
   const { latency } = result
   const lines = [
     `${result.rw} ${result.bs} bytes, qd ${result.qd} × ${result.queues} queue${result.queues === 1 ? '' : 's'}, ` +
-      `${result.driver} driver, ${result.eventIdx ? 'EVENT_IDX' : 'flags'}${result.indirect ? ', indirect' : ''}, ` +
+      `${result.driver} driver, ${result.packed ? 'packed, ' : ''}${result.eventIdx ? 'EVENT_IDX' : 'flags'}, ` +
+      `${result.indirect ? 'indirect, ' : ''}${result.inOrder ? 'in order, ' : ''}` +
+      `${result.inflight ? 'in-flight tracking, ' : ''}${result.log ? 'dirty logging, ' : ''}` +
       `${result.seconds.toFixed(1)} s, back-end ${result.backend}`,
     `  IOPS     ${Math.round(result.iops).toLocaleString('en-US')}   ${result.mbPerSecond.toFixed(1)} MB/s`,
     `  latency  mean ${us(latency.mean)}  p50 ${us(latency.p50)}  p90 ${us(latency.p90)}  p99 ${us(latency.p99)}  p99.9 ${us(latency.p999)}  max ${us(latency.max)}`,
@@ -193,6 +220,7 @@ class Run {
   readonly #histogram: Histogram
   readonly #mode: WaitMode
   readonly #progress: ((line: string) => void) | undefined
+  readonly #log: DirtyLogArea | undefined
 
   constructor(
     session: Session,
@@ -200,7 +228,8 @@ class Run {
     loads: readonly BlockLoad[],
     histogram: Histogram,
     mode: WaitMode,
-    progress: ((line: string) => void) | undefined
+    progress: ((line: string) => void) | undefined,
+    log: DirtyLogArea | undefined
   ) {
     this.#session = session
     this.#rings = rings
@@ -208,6 +237,7 @@ class Run {
     this.#histogram = histogram
     this.#mode = mode
     this.#progress = progress
+    this.#log = log
   }
 
   measure(warmupMs: number, ms: number, pid: number | undefined): Measured {
@@ -236,6 +266,7 @@ class Run {
   #loop(end: number, progress: boolean): void {
     let idle = 0
     let lastCompletion = clock()
+    let lastTaken = lastCompletion
     let nextLine = progress ? lastCompletion + 1000 : Number.POSITIVE_INFINITY
     let lineRequests = this.#totals().requests
     for (;;) {
@@ -255,6 +286,10 @@ class Run {
       const now = clock()
       if (count > 0) lastCompletion = now
       else if (now - lastCompletion > 1000) this.#stalled(now - lastCompletion)
+      if (this.#log !== undefined && now - lastTaken > 100) {
+        this.#log.take()
+        lastTaken = now
+      }
       if (now >= end) return
       if (now >= nextLine) {
         const { requests } = this.#totals()

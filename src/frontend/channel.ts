@@ -97,7 +97,7 @@ export class Channel {
 
   /** Whether bytes (or the end of the stream) wait to be read. */
   readable(timeoutMs = 0): boolean {
-    return !this.#closed && native.pollIn(this.fd, timeoutMs) === 1
+    return !this.#closed && native.pollIn(this.fd, Math.ceil(timeoutMs)) === 1
   }
 
   /**

@@ -1,17 +1,17 @@
 /**
- * `npm run bench`: disks beside qemu-storage-daemon (compare.ts), network devices beside DPDK (compare-net.ts), one page. It
- * owns the command line. It must not know how anything is measured.
+ * `npm run bench`: disks beside qemu-storage-daemon and beside virtiod itself (compare.ts), network devices beside DPDK
+ * (compare-net.ts), one page. It owns the command line. It must not know how anything is measured.
  */
 import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { CASES, type CompareOptions, checkProcessors, chosen, compare, formatComparison } from './compare.ts'
+import { CASES, type CompareOptions, checkProcessors, chosen, compare, formatComparison, OWN_CASES } from './compare.ts'
 import { compareNet, formatNetComparison, NET_CASES } from './compare-net.ts'
 
-const NAMES = [...CASES, ...NET_CASES].map((one) => one.name)
+const NAMES = [...CASES, ...OWN_CASES, ...NET_CASES].map((one) => one.name)
 const USAGE = `usage: npm run bench -- [--rounds N] [--seconds S] [--cases WORD,WORD] [--file PATH] [--size MIB] [--keep] [--built]
          [--cpus BACKEND,FRONTEND] [--no-fio] [--indirect] [--output PATH] [--json PATH]
 cases: ${NAMES.join(' ')}
-a WORD takes all that have it in their name: net, switch, tap-rx, 1514. Without root there are no taps.
+a WORD takes all that have it in their name: packed, inflight, net, switch, tap-rx, 1514. Without root there are no taps.
 Two QEMU guests over the switch beside QEMU's own networks: npm run bench:guests
 `
 
@@ -52,7 +52,7 @@ async function main(): Promise<number> {
     cpu: { backend, frontend },
     log: (line) => process.stderr.write(`${line}\n`),
   }
-  const disks = chosen(CASES, options.cases).length > 0
+  const disks = chosen([...CASES, ...OWN_CASES], options.cases).length > 0
   const networks = chosen(NET_CASES, options.cases).length > 0
   if (!disks && !networks)
     throw new Error(`no case has ${options.cases.join(' or ')} in its name; there are ${NAMES.join(', ')}`)

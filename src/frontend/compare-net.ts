@@ -47,6 +47,7 @@ const outOf = (options: NetBenchOptions): NetBenchOptions => ({ ...options, traf
 
 export const NET_CASES: readonly NetCase[] = [
   { name: 'net-switch-64', link: 'switch', options: SMALL, goal: 0.5 },
+  { name: 'net-switch-packed-64', link: 'switch', options: { ...SMALL, packed: true } },
   { name: 'net-switch-1514', link: 'switch', options: FULL },
   { name: 'net-switch-tso', link: 'switch', options: TSO, goal: 1 },
   { name: 'net-tap-tx-64', link: 'tap', options: into(SMALL) },

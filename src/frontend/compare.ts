@@ -1,6 +1,7 @@
 /**
  * The disks of `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short
- * measurements, and fio on the file itself. It owns the test file, the order of the rounds and the table.
+ * measurements, virtiod beside itself with and without a feature, and fio on the file itself. It owns the test file, the
+ * order of the rounds and the tables.
  *
  * Placement decides latency, so each back-end is pinned to one processor and the load generator to another. Each case
  * runs both back-ends right after one another, and a ratio is taken within a round: what the machine does meanwhile
@@ -19,12 +20,14 @@ import { commandExists, qemuRival, RunningRival, runFio, virtiodRival } from './
 
 const run = promisify(execFile)
 
-/** One line of the table. `goal`: the least ratio of IOPS to qemu-storage-daemon that virtiod is meant to reach. */
+/** One line of a table. `goal`: the least ratio of IOPS to the other side that virtiod is meant to reach. */
 export interface CompareCase {
   readonly name: string
   readonly options: BenchOptions
-  readonly goal: number
-  /** Most CPU per request as a ratio to qemu-storage-daemon. */
+  /** The other side is virtiod too, with these options, and not qemu-storage-daemon. */
+  readonly against?: BenchOptions
+  readonly goal?: number
+  /** Most CPU per request as a ratio to the other side. */
   readonly cpuGoal?: number
 }
 
@@ -45,6 +48,45 @@ export const CASES: readonly CompareCase[] = [
   { name: 'read-128k-qd16-poll', options: { rw: 'read', bs: 131072, qd: 16, driver: 'poll' }, goal: 1 },
   { name: 'randwrite-4k-qd32-poll', options: k4('randwrite', 32, 'poll'), goal: 1.5 },
   { name: 'write-128k-qd16-poll', options: { rw: 'write', bs: 131072, qd: 16, driver: 'poll' }, goal: 1 },
+]
+
+/** A feature of virtiod's on beside off, in the same case: what it costs or brings. */
+function beside(
+  feature: keyof BenchOptions,
+  rw: 'randread' | 'randwrite',
+  qd: number,
+  driver: 'poll' | 'irq'
+): CompareCase {
+  const off = k4(rw, qd, driver)
+  return {
+    name: `${feature.toLowerCase()}-${rw}-4k-qd${qd}-${driver}`,
+    options: { ...off, [feature]: true },
+    against: off,
+  }
+}
+
+const packed = { goal: 1 }
+const inflight = { goal: 0.95, cpuGoal: 1.05 }
+
+export const OWN_CASES: readonly CompareCase[] = [
+  { ...beside('packed', 'randread', 1, 'poll'), ...packed },
+  { ...beside('packed', 'randread', 32, 'poll'), ...packed },
+  { ...beside('packed', 'randread', 128, 'poll'), ...packed },
+  { ...beside('packed', 'randread', 32, 'irq'), ...packed },
+  { ...beside('packed', 'randwrite', 32, 'poll'), ...packed },
+  beside('inOrder', 'randread', 32, 'poll'),
+  beside('inOrder', 'randwrite', 32, 'poll'),
+  { ...beside('inflight', 'randread', 32, 'poll'), ...inflight },
+  { ...beside('inflight', 'randread', 32, 'irq'), ...inflight },
+  { ...beside('inflight', 'randwrite', 32, 'poll'), ...inflight },
+  {
+    name: 'inflight-packed-randread-4k-qd32-poll',
+    options: { ...k4('randread', 32, 'poll'), packed: true, inflight: true },
+    against: { ...k4('randread', 32, 'poll'), packed: true },
+    ...inflight,
+  },
+  beside('log', 'randread', 32, 'poll'),
+  beside('log', 'randwrite', 32, 'poll'),
 ]
 
 /** fio compares with this case. */
@@ -96,13 +138,17 @@ export function chosen<Case extends { readonly name: string }>(
 
 /** Runs the rounds of the disks. @throws Error with a sentence when the machine or the file won't do */
 export async function compare(options: CompareOptions): Promise<CompareResult> {
-  const rivals: readonly [Rival, Rival] = [virtiodRival(options.built), qemuRival()]
-  await checkMachine(options)
+  const ours = virtiodRival(options.built)
+  const theirs = qemuRival()
+  const cases = chosen([...CASES, ...OWN_CASES], options.cases)
+  await checkMachine(
+    options,
+    cases.some((one) => one.against === undefined)
+  )
   const [load = 0] = loadavg()
   if (load > 0.5)
     options.log(`the machine is busy (load average ${load.toFixed(1)}): trust the ratios less, and the IOPS not at all`)
   const created = prepareFile(options.file, options.size, options.log)
-  const cases = chosen(CASES, options.cases)
   const results = cases.map((one) => ({ case: one, rounds: [] as [BenchResult, BenchResult][] }))
   const fio: { iops: number; cpuPerRequest: number }[] = []
   const start: [Started, Started][] = []
@@ -112,15 +158,20 @@ export async function compare(options: CompareOptions): Promise<CompareResult> {
         const pair: [BenchResult?, BenchResult?] = []
         const began: [Started?, Started?] = []
         for (const which of round % 2 === 0 ? ([0, 1] as const) : ([1, 0] as const)) {
-          const measured = await measure(rivals[which], result.case, options)
+          const { against, options: on } = result.case
+          const measured =
+            which === 0
+              ? await measure(ours, result.case.name, on, options)
+              : await measure(against === undefined ? theirs : ours, result.case.name, against ?? on, options)
           pair[which] = measured.result
           began[which] = measured.started
         }
-        const [ours, theirs] = pair as [BenchResult, BenchResult]
-        result.rounds.push([ours, theirs])
-        start.push(began as [Started, Started])
+        const [one, other] = pair as [BenchResult, BenchResult]
+        result.rounds.push([one, other])
+        if (result.case.against === undefined) start.push(began as [Started, Started])
         options.log(
-          `round ${round + 1}/${options.rounds}  ${result.case.name.padEnd(24)} ${kilo(ours.iops)} : ${kilo(theirs.iops)} k  = ${(ours.iops / theirs.iops).toFixed(2)}`
+          `round ${round + 1}/${options.rounds}  ${result.case.name.padEnd(24)} ` +
+            `${kilo(one.iops)} : ${kilo(other.iops)} k  = ${(one.iops / other.iops).toFixed(2)}`
         )
       }
       if (options.fio) {
@@ -132,22 +183,23 @@ export async function compare(options: CompareOptions): Promise<CompareResult> {
   } finally {
     if (created && !options.keep) rmSync(options.file, { force: true })
   }
-  return { names: [rivals[0].name, rivals[1].name], cases: results, fio, start, load }
+  return { names: [ours.name, theirs.name], cases: results, fio, start, load }
 }
 
 async function measure(
   rival: Rival,
-  one: CompareCase,
+  name: string,
+  settings: BenchOptions,
   options: CompareOptions
 ): Promise<{ result: BenchResult; started: Started }> {
   const socket = join(tmpdir(), `virtiod-compare-${process.pid}.sock`)
   const backend = await RunningRival.start(rival, options.file, socket, options.cpu.backend)
   try {
     const rss = backend.residentBytes
-    if (one.options.rw?.endsWith('write') === true) dirtyFile(options.file)
+    if (settings.rw?.endsWith('write') === true) dirtyFile(options.file)
     const child = join(dirname(fileURLToPath(import.meta.url)), `bench-child${extname(fileURLToPath(import.meta.url))}`)
     const bench: BenchOptions = {
-      ...one.options,
+      ...settings,
       seconds: options.seconds,
       size: options.size,
       indirect: options.indirect,
@@ -161,12 +213,12 @@ async function measure(
       JSON.stringify(bench),
     ])
     const result = JSON.parse(stdout) as BenchResult
-    if (result.errors > 0) throw new Error(`${rival.name}: ${result.errors} requests of ${one.name} failed`)
+    if (result.errors > 0) throw new Error(`${rival.name}: ${result.errors} requests of ${name} failed`)
     return { result, started: { readyMs: backend.readyMs, rss } }
   } finally {
     await backend.stop()
     // Dirty pages of one measurement must not be written back during the next.
-    if (one.options.rw?.endsWith('write') === true) syncFile(options.file)
+    if (settings.rw?.endsWith('write') === true) syncFile(options.file)
   }
 }
 
@@ -178,9 +230,9 @@ export async function checkProcessors({ backend, frontend }: CompareOptions['cpu
   }
 }
 
-async function checkMachine(options: CompareOptions): Promise<void> {
+async function checkMachine(options: CompareOptions, qemu: boolean): Promise<void> {
   await checkProcessors(options.cpu)
-  if (!(await commandExists('qemu-storage-daemon')))
+  if (qemu && !(await commandExists('qemu-storage-daemon')))
     throw new Error('qemu-storage-daemon is missing. Install it: apt-get install qemu-system-common')
   if (options.fio && !(await commandExists('fio')))
     throw new Error('fio is missing. Install it (apt-get install fio) or pass --no-fio')
@@ -278,18 +330,33 @@ export function formatComparison(
   options: Pick<CompareOptions, 'rounds' | 'seconds' | 'size' | 'cpu' | 'built' | 'indirect'>
 ): string {
   const [ours, theirs] = result.names
-  const lines = [
-    `# ${ours} and ${theirs} on the same file`,
-    '',
+  const rivals = result.cases.filter((one) => one.case.against === undefined)
+  const own = result.cases.filter((one) => one.case.against !== undefined)
+  const machine =
     `${new Date().toISOString().slice(0, 10)}, ${cpus()[0]?.model ?? 'unknown processor'} × ${cpus().length}, Linux ${release()}, Node ${process.version}. ` +
-      `${options.rounds} alternating rounds of ${options.seconds} s per measurement; ${options.size / 2 ** 20} MiB file in the page cache; ` +
-      `writes go to pages that are dirty already; back-end on processor ${options.cpu.backend}, load on processor ${options.cpu.frontend}; one queue, one iothread` +
-      `${options.indirect ? ', indirect descriptors' : ''}. Medians; ratios are taken within a round, with their least and greatest. Load average before: ${result.load.toFixed(1)}.`,
-    '',
-    `| case | ${ours} k IOPS | ${theirs} k IOPS | IOPS ratio | goal | p50 µs | p99 µs | CPU µs/request | CPU ratio |`,
+    `${options.rounds} alternating rounds of ${options.seconds} s per measurement; ${options.size / 2 ** 20} MiB file in the page cache; ` +
+    `writes go to pages that are dirty already; back-end on processor ${options.cpu.backend}, load on processor ${options.cpu.frontend}; one queue, one iothread` +
+    `${options.indirect ? ', indirect descriptors' : ''}. Medians; ratios are taken within a round, with their least and greatest. Load average before: ${result.load.toFixed(1)}.`
+  const lines: string[] = []
+  if (rivals.length > 0) {
+    lines.push(`# ${ours} and ${theirs} on the same file`, '', machine, '', ...table(rivals, ours, theirs), '')
+  }
+  lines.push(...formatFio(result), ...formatStart(result))
+  if (own.length > 0) {
+    lines.push(`# ${ours} with a feature and without`, '')
+    if (rivals.length === 0) lines.push(machine, '')
+    lines.push(...table(own, 'with', 'without'), '')
+  }
+  return `${lines.join('\n')}\n`
+}
+
+function table(cases: CompareResult['cases'], first: string, second: string): string[] {
+  const lines = [
+    `| case | ${first} k IOPS | ${second} k IOPS | IOPS ratio | goal | p50 µs | p99 µs | CPU µs/request | CPU ratio |`,
     '|---|---|---|---|---|---|---|---|---|',
   ]
-  for (const one of result.cases) {
+  for (const one of cases) {
+    const { goal, cpuGoal } = one.case
     const of = (which: 0 | 1, take: (value: BenchResult) => number): number =>
       median(one.rounds.map((pair) => take(pair[which])))
     const ratios = one.rounds.map(([a, b]) => a.iops / b.iops)
@@ -297,13 +364,13 @@ export function formatComparison(
     const pair = (take: (value: BenchResult) => number, digits: number): string =>
       `${of(0, take).toFixed(digits)} : ${of(1, take).toFixed(digits)}`
     lines.push(
-      `| ${one.case.name} | ${kilo(of(0, (r) => r.iops))} | ${kilo(of(1, (r) => r.iops))} | ${spread(ratios)} | ≥ ${one.case.goal} ${mark(median(ratios) >= one.case.goal)} ` +
+      `| ${one.case.name} | ${kilo(of(0, (r) => r.iops))} | ${kilo(of(1, (r) => r.iops))} | ${spread(ratios)} ` +
+        `| ${goal === undefined ? '' : `≥ ${goal} ${mark(median(ratios) >= goal)}`} ` +
         `| ${pair((r) => r.latency.p50, 1)} | ${pair((r) => r.latency.p99, 1)} | ${pair((r) => r.cpuPerRequest ?? Number.NaN, 2)} ` +
-        `| ${spread(cpu)}${one.case.cpuGoal === undefined ? '' : ` ≤ ${one.case.cpuGoal} ${mark(median(cpu) <= one.case.cpuGoal)}`} |`
+        `| ${spread(cpu)}${cpuGoal === undefined ? '' : ` ≤ ${cpuGoal} ${mark(median(cpu) <= cpuGoal)}`} |`
     )
   }
-  lines.push('', ...formatFio(result), ...formatStart(result))
-  return `${lines.join('\n')}\n`
+  return lines
 }
 
 function formatFio(result: CompareResult): string[] {

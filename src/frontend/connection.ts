@@ -3,15 +3,22 @@
  * features (they decide about NEED_REPLY) and the back-end channel. It must not know rings or devices; `session.ts`
  * puts the requests in order.
  *
- * Everything blocks, with a time limit: this is for tools and tests, where one thread plays one guest.
+ * Everything blocks, with a time limit: this is for tools and tests, where one thread plays one guest. What the
+ * back-end asks for meanwhile is answered by `pump`, which every wait calls when `pumping` is set: a back-end may need
+ * a translation to answer the very request that is waited for.
  */
 import { native, systemError } from '../native.ts'
-import type { MemoryRegionDescription, VringAddress } from '../vhost-user/wire.ts'
+import type { InflightDescription, IotlbMessage, MemoryRegionDescription, VringAddress } from '../vhost-user/wire.ts'
 import * as wire from '../vhost-user/wire.ts'
 import { hasFeature } from '../virtio/features.ts'
+import { type BackendHandler, BackendRequests } from './backend-requests.ts'
 import type { Message } from './channel.ts'
 import { Channel } from './channel.ts'
 import { FrontendError } from './errors.ts'
+import { configPayload, dataView, inflight, payload64, singleRegion, u64, vringState } from './payloads.ts'
+
+export type { BackendHandler } from './backend-requests.ts'
+export { payload64, vringState } from './payloads.ts'
 
 /** How long a request may take before it counts as failed, in milliseconds. */
 export const DEFAULT_TIMEOUT_MS = 10_000
@@ -29,14 +36,6 @@ export interface RegionWithFd extends MemoryRegionDescription {
   readonly fd: number
 }
 
-/** VHOST_USER_GET_INFLIGHT_FD and SET_INFLIGHT_FD (vhost-user.rst "Inflight description"). */
-export interface InflightDescription {
-  readonly mmapSize: bigint
-  readonly mmapOffset: bigint
-  readonly numQueues: number
-  readonly queueSize: number
-}
-
 const EMPTY = new Uint8Array(0)
 
 export class Connection {
@@ -48,7 +47,14 @@ export class Connection {
    * unnegotiated.
    */
   ackMode: AckMode = 'auto'
-  #backend: Channel | undefined
+  /** Who answers the back-end's requests; without one everything is acknowledged. */
+  onBackendRequest: BackendHandler | undefined
+  /** Waits look after the back-end's requests all the time, not only when asked to (vIOMMU, in-band notifications). */
+  pumping = false
+  #backend: BackendRequests | undefined
+  /** Requests whose reply is being waited for, and IOTLB messages sent meanwhile, whose replies come behind it. */
+  #waiting = 0
+  #lateReplies = 0
 
   private constructor(channel: Channel) {
     this.channel = channel
@@ -93,7 +99,7 @@ export class Connection {
   /** A request that has a reply of its own. @throws FrontendError */
   call(request: number, payload: Uint8Array = EMPTY, fds: readonly number[] = []): Message {
     this.channel.send(request, wire.VHOST_USER_VERSION, payload, fds)
-    return this.#reply(request)
+    return this.reply(request)
   }
 
   /**
@@ -114,12 +120,7 @@ export class Connection {
       fds
     )
     if (!needReply) return
-    const reply = this.#reply(request)
-    for (const fd of reply.fds) native.close(fd)
-    const value = u64(reply)
-    if (value !== 0n) {
-      throw new FrontendError(wire.requestName(request), 'nack', `the back-end refused it (reply ${value})`, value)
-    }
+    accepted(this.reply(request))
   }
 
   /** Sends bytes as they are: malformed messages. */
@@ -199,10 +200,8 @@ export class Connection {
   }
 
   setLogBase(size: bigint, offset: bigint, fd: number): void {
-    const payload = new Uint8Array(16)
-    const view = new DataView(payload.buffer)
-    view.setBigUint64(0, size, true)
-    view.setBigUint64(8, offset, true)
+    const payload = new Uint8Array(wire.LOG_DESCRIPTION_SIZE)
+    wire.writeLog(new DataView(payload.buffer), 0, { size, offset })
     // With LOG_SHMFD the request has a reply of its own (vhost-user.rst "VHOST_USER_SET_LOG_BASE").
     if (hasFeature(this.protocolFeatures, wire.VHOST_USER_PROTOCOL_F_LOG_SHMFD)) {
       for (const received of this.call(wire.VHOST_USER_SET_LOG_BASE, payload, [fd]).fds) native.close(received)
@@ -222,19 +221,12 @@ export class Connection {
       inflight({ mmapSize: 0n, mmapOffset: 0n, numQueues, queueSize })
     )
     const fd = reply.fds[0]
-    if (reply.payload.length < 20 || fd === undefined) {
+    if (reply.payload.length < wire.INFLIGHT_DESCRIPTION_SIZE || fd === undefined) {
+      for (const received of reply.fds) native.close(received)
       throw new FrontendError('GET_INFLIGHT_FD', 'reply', 'the reply has no file or is too short')
     }
-    const view = dataView(reply.payload)
-    return {
-      description: {
-        mmapSize: view.getBigUint64(0, true),
-        mmapOffset: view.getBigUint64(8, true),
-        numQueues: view.getUint16(16, true),
-        queueSize: view.getUint16(18, true),
-      },
-      fd,
-    }
+    for (const extra of reply.fds.slice(1)) native.close(extra)
+    return { description: wire.readInflight(dataView(reply.payload), 0), fd }
   }
 
   setInflightFd(description: InflightDescription, fd: number): void {
@@ -257,9 +249,13 @@ export class Connection {
     this.command(wire.VHOST_USER_SET_VRING_BASE, vringState(index, base))
   }
 
-  /** Stops the ring and returns where it stood. */
-  getVringBase(index: number): number {
-    const reply = this.call(wire.VHOST_USER_GET_VRING_BASE, vringState(index, 0))
+  /**
+   * Stops the ring and returns where it stood.
+   * @param keep leave what is in flight in the in-flight area instead of completing it (GET_VRING_BASE_INFLIGHT)
+   */
+  getVringBase(index: number, keep = false): number {
+    const num = keep ? wire.VRING_BASE_KEEP_INFLIGHT : 0
+    const reply = this.call(wire.VHOST_USER_GET_VRING_BASE, vringState(index, num))
     if (reply.payload.length < 8) throw new FrontendError('GET_VRING_BASE', 'reply', `${reply.payload.length} bytes`)
     return dataView(reply.payload).getUint32(4, true)
   }
@@ -279,6 +275,80 @@ export class Connection {
 
   setVringEnable(index: number, enabled: boolean): void {
     this.command(wire.VHOST_USER_SET_VRING_ENABLE, vringState(index, enabled ? 1 : 0))
+  }
+
+  /** Kicks by message, and starts the ring when it is stopped (INBAND_NOTIFICATIONS). */
+  vringKick(index: number): void {
+    this.command(wire.VHOST_USER_VRING_KICK, vringState(index, 0))
+  }
+
+  // ---- vIOMMU
+
+  /** A translation for the back-end. @param permissions IOTLB_READ, IOTLB_WRITE or both @throws FrontendError nack */
+  iotlbUpdate(iova: bigint, size: bigint, userAddress: bigint, permissions: number): void {
+    this.iotlb({ iova, size, userAddress, permissions, type: wire.VHOST_IOTLB_UPDATE })
+  }
+
+  /** Returns when the back-end uses the range no more. @throws FrontendError nack */
+  iotlbInvalidate(iova: bigint, size: bigint): void {
+    this.iotlb({ iova, size, userAddress: 0n, permissions: 0, type: wire.VHOST_IOTLB_INVALIDATE })
+  }
+
+  /**
+   * Any IOTLB message; it is always answered. Sent while another request is waited for, the answer is looked at when
+   * that one's has come.
+   */
+  iotlb(message: IotlbMessage): void {
+    const payload = new Uint8Array(wire.IOTLB_MESSAGE_PADDED_SIZE)
+    wire.writeIotlb(new DataView(payload.buffer), 0, message)
+    const flags = wire.VHOST_USER_VERSION | (this.replyAck ? wire.VHOST_USER_NEED_REPLY_MASK : 0)
+    this.channel.send(wire.VHOST_USER_IOTLB_MSG, flags, payload)
+    if (this.#waiting > 0) this.#lateReplies++
+    else accepted(this.reply(wire.VHOST_USER_IOTLB_MSG))
+  }
+
+  // ---- migration
+
+  /**
+   * Hands over one end of a channel for the device's state.
+   * @param direction VHOST_TRANSFER_STATE_DIRECTION_* @param fd stays the caller's
+   * @returns the end of another channel, which the back-end chose instead; the caller owns it
+   * @throws FrontendError nack
+   */
+  setDeviceStateFd(
+    direction: number,
+    fd: number,
+    phase: number = wire.VHOST_TRANSFER_STATE_PHASE_STOPPED
+  ): number | undefined {
+    const reply = this.call(wire.VHOST_USER_SET_DEVICE_STATE_FD, vringState(direction, phase), [fd])
+    const value = u64(reply)
+    if ((value & 0xffn) !== 0n) {
+      for (const received of reply.fds) native.close(received)
+      throw new FrontendError('SET_DEVICE_STATE_FD', 'nack', `the back-end refused it (reply ${value})`, value)
+    }
+    if ((value & BigInt(wire.VHOST_USER_DEVICE_STATE_NOFD_MASK)) !== 0n) {
+      for (const received of reply.fds) native.close(received)
+      return undefined
+    }
+    if (reply.fds[0] === undefined)
+      throw new FrontendError('SET_DEVICE_STATE_FD', 'reply', 'it announces a file and has none')
+    return reply.fds[0]
+  }
+
+  /** @throws FrontendError nack when the back-end could not write or read the whole state */
+  checkDeviceState(): void {
+    accepted(this.call(wire.VHOST_USER_CHECK_DEVICE_STATE))
+  }
+
+  /** Announces the guest in its network. @param mac 6 bytes */
+  sendRarp(mac: Uint8Array): void {
+    const payload = new Uint8Array(8)
+    payload.set(mac.subarray(0, 6))
+    this.command(wire.VHOST_USER_SEND_RARP, payload)
+  }
+
+  setMtu(mtu: number): void {
+    this.command(wire.VHOST_USER_NET_SET_MTU, payload64(BigInt(mtu)))
   }
 
   // ---- config space
@@ -307,7 +377,7 @@ export class Connection {
     const result = native.socketpair(pair)
     if (result < 0) throw systemError(result, 'socketpair', 'the back-end channel')
     this.#backend?.close()
-    this.#backend = new Channel(pair[0] ?? -1, this.channel.timeoutMs)
+    this.#backend = new BackendRequests(new Channel(pair[0] ?? -1, this.channel.timeoutMs))
     try {
       this.command(wire.VHOST_USER_SET_BACKEND_REQ_FD, EMPTY, [pair[1] ?? -1])
     } finally {
@@ -315,18 +385,27 @@ export class Connection {
     }
   }
 
+  /** Our end of the back-end channel, for messages that no honest front-end sends. */
+  get backend(): Channel | undefined {
+    return this.#backend?.channel
+  }
+
   /**
-   * Waits for a request of the back-end (config change, …) and acknowledges it when it asks for that.
+   * Waits for a request of the back-end (config change, …), lets the handler answer it, and acknowledges it when it
+   * asks for that.
    * @returns undefined when none came in time
    */
   backendRequest(timeoutMs: number): Message | undefined {
-    const channel = this.#backend
-    if (channel === undefined || !channel.readable(timeoutMs)) return undefined
-    const message = channel.receive('back-end request')
-    if ((message.flags & wire.VHOST_USER_NEED_REPLY_MASK) !== 0) {
-      channel.send(message.request, wire.VHOST_USER_VERSION | wire.VHOST_USER_REPLY_MASK, payload64(0n))
-    }
-    return message
+    return this.#backend?.next(timeoutMs, this.onBackendRequest)
+  }
+
+  /**
+   * Handles the back-end's requests that are there. Calls of it from within do nothing.
+   * @param timeoutMs how long to wait for the first one
+   * @returns how many there were
+   */
+  pump(timeoutMs = 0): number {
+    return this.#backend?.pump(timeoutMs, this.onBackendRequest) ?? 0
   }
 
   /** Returns when the back-end has handled everything sent before (a GET_FEATURES round trip). */
@@ -339,73 +418,50 @@ export class Connection {
     this.command(request, payload64(value), fd === undefined ? [] : [fd])
   }
 
-  #reply(request: number): Message {
+  /** The reply to `request`, which was sent just before. @throws FrontendError */
+  reply(request: number): Message {
     const name = wire.requestName(request)
-    const reply = this.channel.receive(name)
-    if (reply.request !== request) {
-      throw new FrontendError(name, 'reply', `the back-end answered ${wire.requestName(reply.request)} instead`)
+    this.#waiting++
+    try {
+      let reply = this.#receive(name)
+      for (; this.#lateReplies > 0 && reply.request === wire.VHOST_USER_IOTLB_MSG; reply = this.#receive(name)) {
+        this.#lateReplies--
+        accepted(checked(reply))
+      }
+      if (reply.request !== request) {
+        throw new FrontendError(name, 'reply', `the back-end answered ${wire.requestName(reply.request)} instead`)
+      }
+      return checked(reply)
+    } finally {
+      this.#waiting--
     }
-    const flags = reply.flags & (wire.VHOST_USER_VERSION_MASK | wire.VHOST_USER_REPLY_MASK)
-    if (flags !== (wire.VHOST_USER_VERSION | wire.VHOST_USER_REPLY_MASK)) {
-      throw new FrontendError(name, 'reply', `the reply's flags are 0x${reply.flags.toString(16)}`)
+  }
+
+  #receive(name: string): Message {
+    const { channel } = this
+    if (!this.pumping) return channel.receive(name)
+    const deadline = performance.now() + channel.timeoutMs
+    // One poll can't watch both channels, so it is a millisecond each.
+    while (!channel.readable(1)) {
+      this.pump()
+      if (performance.now() > deadline) return channel.receive(name, 0)
     }
-    return reply
+    return channel.receive(name)
   }
 }
 
-// ---- payloads
-
-function dataView(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+/** @throws FrontendError reply when the flags are none of a reply */
+function checked(reply: Message): Message {
+  const flags = reply.flags & (wire.VHOST_USER_VERSION_MASK | wire.VHOST_USER_REPLY_MASK)
+  if (flags === (wire.VHOST_USER_VERSION | wire.VHOST_USER_REPLY_MASK)) return reply
+  const name = wire.requestName(reply.request)
+  throw new FrontendError(name, 'reply', `the reply's flags are 0x${reply.flags.toString(16)}`)
 }
 
-function u64(reply: Message): bigint {
-  if (reply.payload.length !== 8) {
-    throw new FrontendError(wire.requestName(reply.request), 'reply', `${reply.payload.length} bytes instead of a u64`)
-  }
-  return dataView(reply.payload).getBigUint64(0, true)
-}
-
-/** A u64 payload. */
-export function payload64(value: bigint): Uint8Array {
-  const bytes = new Uint8Array(8)
-  new DataView(bytes.buffer).setBigUint64(0, value, true)
-  return bytes
-}
-
-/** vhost-user.rst "A vring state description": u32 index, u32 num. */
-export function vringState(index: number, num: number): Uint8Array {
-  const bytes = new Uint8Array(8)
-  const view = new DataView(bytes.buffer)
-  view.setUint32(0, index, true)
-  view.setUint32(4, num, true)
-  return bytes
-}
-
-/** vhost-user.rst "Single memory region description": u64 padding, then the region. */
-function singleRegion(region: MemoryRegionDescription): Uint8Array {
-  const bytes = new Uint8Array(8 + wire.MEMORY_REGION_SIZE)
-  wire.writeMemoryRegion(new DataView(bytes.buffer), 8, region)
-  return bytes
-}
-
-/** vhost-user.rst "Virtio device config space": u32 offset, u32 size, u32 flags, then the bytes. */
-function configPayload(offset: number, size: number, flags: number, bytes: Uint8Array): Uint8Array {
-  const payload = new Uint8Array(12 + bytes.length)
-  const view = new DataView(payload.buffer)
-  view.setUint32(0, offset, true)
-  view.setUint32(4, size, true)
-  view.setUint32(8, flags, true)
-  payload.set(bytes, 12)
-  return payload
-}
-
-function inflight(description: InflightDescription): Uint8Array {
-  const bytes = new Uint8Array(20)
-  const view = new DataView(bytes.buffer)
-  view.setBigUint64(0, description.mmapSize, true)
-  view.setBigUint64(8, description.mmapOffset, true)
-  view.setUint16(16, description.numQueues, true)
-  view.setUint16(18, description.queueSize, true)
-  return bytes
+/** @throws FrontendError nack when the reply is another u64 than 0 */
+function accepted(reply: Message): void {
+  for (const fd of reply.fds) native.close(fd)
+  const value = u64(reply)
+  if (value === 0n) return
+  throw new FrontendError(wire.requestName(reply.request), 'nack', `the back-end refused it (reply ${value})`, value)
 }

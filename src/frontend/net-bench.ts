@@ -3,7 +3,7 @@
  * another, and what came of it. It owns the options, the frames and the result; the loop is in `net-run.ts`. It must not
  * know the command line.
  */
-import { VIRTIO_F_EVENT_IDX, VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
+import { VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
 import { VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MRG_RXBUF } from '../virtio/net.ts'
 import { frameShape, LinkSource, linkReceived, linkSourceLimit, wholePackets } from './net-bench-link.ts'
 import { withDependents } from './net-features.ts'
@@ -59,6 +59,9 @@ export interface NetBenchOptions {
   readonly warmup?: number
   /** Don't acknowledge EVENT_IDX. */
   readonly noEventIdx?: boolean
+  /** Packed rings, in-flight tracking: a FrontendError when the back-end does not offer it; default false. */
+  readonly packed?: boolean
+  readonly inflight?: boolean
   /** Don't acknowledge MRG_RXBUF: each packet has to fit in one receive buffer. */
   readonly noMergeable?: boolean
   /** The packet header in a descriptor of its own; default false. */
@@ -84,6 +87,8 @@ export interface NetBenchResult {
   readonly driver: WaitMode
   readonly eventIdx: boolean
   readonly mergeable: boolean
+  readonly packed: boolean
+  readonly inflight: boolean
   readonly seconds: number
   /** Packets that the back-end took and that came out, in the measured time; undefined when that is not looked at. */
   readonly sent?: number
@@ -129,6 +134,7 @@ export function netBench(
     `frame-size: ${frameSize} is not in ${MIN_FRAME} … ${MAX_FRAME}`
   )
   check(
+    // Packed rings need no power of two, and nobody needs another one here.
     queueSize >= 4 && queueSize <= VIRTQ_MAX_SIZE && (queueSize & (queueSize - 1)) === 0,
     `queue-size: ${queueSize} is not a power of two from 4 to ${VIRTQ_MAX_SIZE}`
   )
@@ -147,6 +153,8 @@ export function netBench(
     queueSize,
     mode: driver,
     frameSize,
+    packed: options.packed === true,
+    inflight: options.inflight === true,
     withoutFeatures: withDependents(
       ...(options.noEventIdx === true ? [VIRTIO_F_EVENT_IDX] : []),
       ...(options.noMergeable === true ? [VIRTIO_NET_F_MRG_RXBUF] : [])
@@ -228,6 +236,8 @@ export function netBench(
     driver,
     eventIdx: a.session.has(VIRTIO_F_EVENT_IDX),
     mergeable: (b ?? a).mergeable,
+    packed: a.session.has(VIRTIO_F_RING_PACKED),
+    inflight: a.session.inflight !== undefined,
     seconds: measured.ms / 1000,
     ...(sending && { sent: measured.sent }),
     ...(counted && { received }),
@@ -263,7 +273,8 @@ export function formatNetBench(result: NetBenchResult): string {
   return [
     `${TRAFFIC_NAMES[result.traffic]}, ${result.frameSize} bytes ${result.gso ? 'TCP, segmentation offload' : 'UDP'}, ` +
       `${plural(result.flows, 'flow')}, ${plural(result.queues, 'queue pair')} × ${result.queueSize}, ` +
-      `${result.driver} driver, ${result.eventIdx ? 'EVENT_IDX' : 'flags'}${result.mergeable ? ', merged buffers' : ''}, ` +
+      `${result.driver} driver, ${result.packed ? 'packed, ' : ''}${result.eventIdx ? 'EVENT_IDX' : 'flags'}, ` +
+      `${result.mergeable ? 'merged buffers, ' : ''}${result.inflight ? 'in-flight tracking, ' : ''}` +
       `${result.seconds.toFixed(1)} s, back-end ${result.backend}`,
     `  packets/s  ${whole(result.packetsPerSecond)}   ${result.gbitPerSecond.toFixed(2)} Gbit/s`,
     `  packets    ${counts.join('  ')}`,

@@ -6,7 +6,7 @@
 import { VIRTIO_NET_HDR_NUM_BUFFERS } from '../virtio/net.ts'
 import { FrontendError } from './errors.ts'
 import type { GuestBuffer, GuestMemory } from './memory.ts'
-import type { PacketRing } from './net-ring.ts'
+import type { LoadRing } from './net-ring.ts'
 
 /**
  * Bytes of memory that the packets of one source have altogether: deep rings of large ones are cut short. A guest's sockets
@@ -54,7 +54,7 @@ export interface SourceOptions {
 
 /** Sends as fast as the device takes. */
 export class PacketSource {
-  readonly ring: PacketRing
+  readonly ring: LoadRing
   /** Packets that the device has used. */
   sent = 0
   readonly depth: number
@@ -67,7 +67,7 @@ export class PacketSource {
   #started = false
 
   /** @throws RangeError when there is no memory, or the ring is too small for `depth` */
-  constructor(ring: PacketRing, memory: GuestMemory, options: SourceOptions) {
+  constructor(ring: LoadRing, memory: GuestMemory, options: SourceOptions) {
     const { header, frames } = options
     this.ring = ring
     this.#descriptors = options.splitHeader === true ? 2 : 1
@@ -160,7 +160,7 @@ export interface SinkOptions {
 
 /** Takes everything that comes. */
 export class PacketSink {
-  readonly ring: PacketRing
+  readonly ring: LoadRing
   packets = 0
   /** Bytes of the frames, without packet headers. */
   bytes = 0
@@ -178,7 +178,7 @@ export class PacketSink {
   #left = 0
 
   /** @throws RangeError when there is no memory */
-  constructor(ring: PacketRing, memory: GuestMemory, options: SinkOptions) {
+  constructor(ring: LoadRing, memory: GuestMemory, options: SinkOptions) {
     this.ring = ring
     this.#headerSize = options.headerSize
     this.#bufferSize = options.bufferSize

@@ -7,13 +7,16 @@
 import { native } from '../native.ts'
 import { VIRTIO_F_EVENT_IDX } from '../virtio/constants.ts'
 import { VIRTIO_NET_F_MRG_RXBUF } from '../virtio/net.ts'
+import type { RingArea } from './driver.ts'
 import type { GuestBuffer } from './memory.ts'
 import { layouts } from './memory.ts'
 import { maxPairs } from './net.ts'
 import { headerSizeOf, receiveBufferSize } from './net-features.ts'
 import { encodeNetHeader, type NetHeader } from './net-frames.ts'
 import { PacketSink, PacketSource, sinkBytes, sourceBytes } from './net-load.ts'
-import { PacketRing } from './net-ring.ts'
+import { PackedPacketRing } from './net-packed-ring.ts'
+import { type LoadRing, PacketRing } from './net-ring.ts'
+import { PackedDriver, packedRingBytes } from './packed-driver.ts'
 import { Session } from './session.ts'
 import { splitRingBytes } from './split-driver.ts'
 import type { Virtqueue, WaitMode } from './virtqueue.ts'
@@ -25,6 +28,9 @@ export interface PortOptions {
   readonly mode: WaitMode
   /** Bits not to negotiate. */
   readonly withoutFeatures: readonly number[]
+  /** Packed rings; in-flight tracking. */
+  readonly packed: boolean
+  readonly inflight: boolean
   /** Bytes of the largest frame to be received. */
   readonly frameSize: number
   /** The call eventfd of another port's rings, to sleep on both at once. */
@@ -49,7 +55,7 @@ export class Port implements Disposable {
   readonly sinks: PacketSink[] = []
   /** Every ring: receive, transmit, receive, … */
   readonly queues: Virtqueue[] = []
-  readonly rings: PacketRing[] = []
+  readonly rings: LoadRing[] = []
 
   /**
    * Connects, starts all rings and posts the receive buffers.
@@ -63,6 +69,8 @@ export class Port implements Disposable {
       queues: 0,
       memory: [],
       withoutFeatures: options.withoutFeatures,
+      packed: options.packed,
+      inflight: options.inflight && { numQueues: 2 * pairs, queueSize },
       ...(options.timeoutMs !== undefined && { timeoutMs: options.timeoutMs }),
     })
     try {
@@ -71,9 +79,9 @@ export class Port implements Disposable {
       const most = maxPairs(session)
       if (pairs > most) throw new RangeError(`queues: the back-end has ${most} queue pair${most === 1 ? '' : 's'}`)
       const bufferSize = Math.max(receiveBufferSize(session.features), this.mergeable ? 0 : frameSize + this.headerSize)
-      const ring = splitRingBytes(queueSize)
+      const ring = Object.values(options.packed ? packedRingBytes(queueSize) : splitRingBytes(queueSize))
       const perPair =
-        2 * (ring.descriptors + ring.available + ring.used + 256) +
+        2 * ring.reduce((sum, bytes) => sum + bytes, 256) +
         sourceBytes(queueSize, frameSize + this.headerSize) +
         sinkBytes(queueSize, bufferSize)
       // No more than is needed: some back-ends touch every page of it.
@@ -90,7 +98,7 @@ export class Port implements Disposable {
         this.queues.push(queue)
         this.rings.push(packetRing(queue, session.has(VIRTIO_F_EVENT_IDX), options.mode))
         if (i % 2 === 1) continue
-        const sink = new PacketSink(this.rings[i] as PacketRing, session.memory, {
+        const sink = new PacketSink(this.rings[i] as LoadRing, session.memory, {
           headerSize: this.headerSize,
           bufferSize,
           mergeable: this.mergeable,
@@ -117,7 +125,7 @@ export class Port implements Disposable {
     for (let pair = 0; pair < sinks.length; pair++) {
       const mine = traffic.frames.filter((_, i) => i % sinks.length === pair)
       const frames = mine.length > 0 ? mine : traffic.frames
-      const source = new PacketSource(this.rings[2 * pair + 1] as PacketRing, session.memory, {
+      const source = new PacketSource(this.rings[2 * pair + 1] as LoadRing, session.memory, {
         header: encodeNetHeader(traffic.header, this.headerSize),
         frames,
         ...(traffic.depth !== undefined && { depth: traffic.depth }),
@@ -157,20 +165,23 @@ export class Port implements Disposable {
   }
 }
 
-/** A {@link PacketRing} on the memory of a queue that was just started and that nothing was put into. */
-export function packetRing(queue: Virtqueue, eventIdx: boolean, mode: WaitMode): PacketRing {
-  const area = (part: GuestBuffer): { buffer: SharedArrayBuffer; offset: number } => ({
-    buffer: part.region.buffer,
-    offset: part.offset,
-  })
-  const [descriptors, available, used] = queue.ring
-  const ring = new PacketRing({
+/** A ring for loads on the memory of a queue that was just started and that nothing was put into. */
+export function packetRing(queue: Virtqueue, eventIdx: boolean, mode: WaitMode): LoadRing {
+  const area = (part: GuestBuffer): RingArea => ({ buffer: part.region.buffer, offset: part.offset })
+  const [one, two, three] = queue.ring
+  const common = {
     size: queue.size,
-    areas: { descriptors: area(descriptors), available: area(available), used: area(used) },
     eventIdx,
     kick: () => void native.eventfdWrite(queue.kickFd, 1),
     name: `virtqueue ${queue.index}`,
-  })
+  }
+  const ring =
+    queue.driver instanceof PackedDriver
+      ? new PackedPacketRing({
+          ...common,
+          areas: { descriptors: area(one), driverEvent: area(two), deviceEvent: area(three) },
+        })
+      : new PacketRing({ ...common, areas: { descriptors: area(one), available: area(two), used: area(three) } })
   if (mode === 'poll') ring.disableCalls()
   return ring
 }

@@ -16,9 +16,8 @@ import type { DriverCounters } from './driver.ts'
 import { FrontendError } from './errors.ts'
 import { needEvent, type SplitRingAreas } from './split-driver.ts'
 
-export interface PacketRingOptions {
+export interface LoadRingOptions {
   readonly size: number
-  readonly areas: SplitRingAreas
   /** VIRTIO_F_EVENT_IDX was negotiated. */
   readonly eventIdx: boolean
   /** Notifies the device. */
@@ -27,10 +26,45 @@ export interface PacketRingOptions {
   readonly name: string
 }
 
-export class PacketRing {
+export interface PacketRingOptions extends LoadRingOptions {
+  readonly areas: SplitRingAreas
+}
+
+/** A ring of either format as a load of packets uses it: {@link PacketRing}, {@link PackedPacketRing}. */
+export interface LoadRing {
+  readonly size: number
+  readonly counters: DriverCounters
+  /** What `take` took: the chain, and the bytes that the device says it wrote. */
+  readonly heads: Uint16Array
+  readonly lengths: Uint32Array
+  readonly inFlight: number
+  /** Describes a descriptor. @param next index of the chain's next one, or -1 */
+  describe(index: number, address: number, length: number, writable: boolean, next: number): void
+  /** Puts the chain that starts at `head` into the ring, to be published. */
+  issue(head: number): void
+  /** Shows what was issued to the device; kicks it unless it asked not to be. */
+  publish(): void
+  /**
+   * Takes everything that the device has used into `heads` and `lengths`, in the device's order.
+   * @param least fewer than that are left there
+   * @returns how many, 0 when there are fewer than `least`
+   * @throws FrontendError reply when the device uses what it doesn't have
+   */
+  take(least: number): number
+  /** Makes the first `count` chains of `heads` available again and publishes them. */
+  giveBack(count: number): void
+  /**
+   * Asks for a call once `chains` more have been used (exact with EVENT_IDX, else at the next one). Returns true when
+   * they are there already (then no call may come for them).
+   */
+  enableCalls(chains: number): boolean
+  /** Asks for no calls. It is a hint: one may still come. */
+  disableCalls(): void
+}
+
+export class PacketRing implements LoadRing {
   readonly size: number
   readonly counters: DriverCounters = { issued: 0, completed: 0, kicks: 0, suppressedKicks: 0 }
-  /** What `take` took: the chain, and the bytes that the device says it wrote. */
   readonly heads: Uint16Array
   readonly lengths: Uint32Array
   inFlight = 0
@@ -82,7 +116,6 @@ export class PacketRing {
     this.lengths = new Uint32Array(size)
   }
 
-  /** Writes a descriptor. @param next index of the chain's next one, or -1 */
   describe(index: number, address: number, length: number, writable: boolean, next: number): void {
     const at32 = this.#desc32At + index * 4
     this.#desc32[at32] = address % 0x1_0000_0000
@@ -93,7 +126,6 @@ export class PacketRing {
     this.#desc16[at16 + 7] = next < 0 ? 0 : next
   }
 
-  /** Puts the chain that starts at `head` into the ring, to be published. */
   issue(head: number): void {
     const at = this.#availIdx & this.#mask
     this.#availIdx = (this.#availIdx + 1) & 0xffff
@@ -103,7 +135,6 @@ export class PacketRing {
     this.inFlight++
   }
 
-  /** Shows what was issued to the device; kicks it unless it asked not to be. */
   publish(): void {
     const previous = this.#published
     const next = this.#availIdx
@@ -123,12 +154,6 @@ export class PacketRing {
     } else counters.suppressedKicks++
   }
 
-  /**
-   * Takes everything that the device has used into `heads` and `lengths`, in the device's order.
-   * @param least fewer than that are left there
-   * @returns how many, 0 when there are fewer than `least`
-   * @throws FrontendError reply when the device uses what it doesn't have
-   */
   take(least: number): number {
     // ORDER: load of the device's idx before its used elements; pairs with the device's release store of idx.
     const count = (Atomics.load(this.#used16, this.#used16At + 1) - this.#lastUsed) & 0xffff
@@ -158,7 +183,6 @@ export class PacketRing {
     return count
   }
 
-  /** Makes the first `count` chains of `heads` available again and publishes them. */
   giveBack(count: number): void {
     const heads = this.heads
     const entries = this.#entries
@@ -182,10 +206,6 @@ export class PacketRing {
     this.publish()
   }
 
-  /**
-   * Asks for a call once `chains` more have been used (exact with EVENT_IDX, else at the next one). Returns true when
-   * they are there already (then no call may come for them).
-   */
   enableCalls(chains: number): boolean {
     this.#callsOff = false
     // ORDER: the wish for calls before the last look at the used index (the load below). Pairs with the device's
@@ -195,7 +215,6 @@ export class PacketRing {
     return ((Atomics.load(this.#used16, this.#used16At + 1) - this.#lastUsed) & 0xffff) >= chains
   }
 
-  /** Asks for no calls. It is a hint: one may still come. */
   disableCalls(): void {
     this.#callsOff = true
     if (this.#eventIdx) this.#usedEventStore((this.#lastUsed - 1) & 0xffff)

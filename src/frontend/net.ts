@@ -95,7 +95,8 @@ interface Pair {
 }
 
 export class NetDriver {
-  readonly session: Session
+  /** After `Session.resume` the one that it returned. */
+  session: Session
   readonly headerSize: 12 | 10
   readonly rxBufferSize: number
   readonly mergeable: boolean
@@ -119,7 +120,11 @@ export class NetDriver {
     this.rxBufferSize = options.rxBufferSize ?? receiveBufferSize(session.features)
     const { memory } = session
     const enable = options.enable ?? true
-    const ring = { size: options.queueSize ?? 256, mode: options.mode ?? 'poll', base: options.base ?? 0 }
+    const ring = {
+      size: options.queueSize ?? 256,
+      mode: options.mode ?? 'poll',
+      ...(options.base !== undefined && { base: options.base }),
+    }
     for (let i = 0; i < (options.pairs ?? 1); i++) {
       const callFd = this.#pairs[0]?.rx.callFd
       // Receive queues share their call eventfd, so that one can sleep on all of them.
@@ -396,12 +401,14 @@ export class NetDriver {
 
   #waitForPackets(timeoutMs: number): void {
     const first = this.#pair(0).rx
+    const { connection } = this.session
     const deadline = performance.now() + timeoutMs
-    const there = (): boolean => this.#pairs.some(({ rx }) => rx.driver.usedIndex !== rx.driver.base)
+    const there = (): boolean => this.#pairs.some(({ rx }) => rx.driver.hasUsed())
     if (first.mode === 'poll') {
       for (let spins = 0; !there(); spins++) {
         const now = performance.now()
         if (now > deadline) return
+        if (connection.pumping) connection.pump()
         if (spins > 1000) sleepMs(0.05)
         if ((spins & 1023) === 1023) this.#checkAlive()
       }
@@ -410,7 +417,11 @@ export class NetDriver {
     first.takeCalls()
     let ready = false
     for (const { rx } of this.#pairs) if (rx.driver.enableCalls()) ready = true
-    if (!ready && native.pollIn(first.callFd, Math.ceil(Math.min(100, timeoutMs))) !== 1) this.#checkAlive()
+    if (!ready && connection.pumping) {
+      // Calls come to any of the queues, and only while somebody looks.
+      const until = Math.min(deadline, performance.now() + 100)
+      while (!this.#pairs.some(({ rx }) => rx.takeCalls() > 0) && performance.now() < until) first.waitForCall(1)
+    } else if (!ready && native.pollIn(first.callFd, Math.ceil(Math.min(100, timeoutMs))) !== 1) this.#checkAlive()
     first.takeCalls()
     for (const { rx } of this.#pairs) rx.driver.disableCalls()
   }

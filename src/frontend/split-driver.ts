@@ -7,20 +7,14 @@
  */
 import {
   VIRTQ_AVAIL_F_NO_INTERRUPT,
-  VIRTQ_DESC_F_INDIRECT,
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
   VIRTQ_DESC_SIZE,
   VIRTQ_MAX_SIZE,
   VIRTQ_USED_F_NO_NOTIFY,
 } from '../virtio/constants.ts'
-import type { DriverCounters, Segment, TableMemory, VirtqueueDriver } from './driver.ts'
-
-/** A part of the ring in memory. `offset` is into `buffer`. */
-export interface RingArea {
-  readonly buffer: ArrayBufferLike
-  readonly offset: number
-}
+import { ChainStore, IssueOrder, type TableFormat } from './chains.ts'
+import type { DriverCounters, RingArea, Segment, TableMemory, Translate, VirtqueueDriver } from './driver.ts'
 
 /** The three parts (virtio 1.3 §2.7: alignment 16, 2 and 4). They may lie in different regions. */
 export interface SplitRingAreas {
@@ -35,10 +29,14 @@ export interface SplitDriverOptions {
   readonly areas: SplitRingAreas
   /** VIRTIO_F_EVENT_IDX was negotiated. */
   readonly eventIdx: boolean
+  /** VIRTIO_F_IN_ORDER was negotiated; default false. */
+  readonly inOrder?: boolean
   /** Notifies the device. */
   readonly kick: () => void
   /** Where both rings start; default 0. Not 0 after SET_VRING_BASE. */
   readonly base?: number
+  /** Behind a vIOMMU. */
+  readonly translate?: Translate
 }
 
 /** Bytes of the three parts, with the event fields that EVENT_IDX adds at the end (virtio 1.3 §2.7.2). */
@@ -56,7 +54,6 @@ export class SplitDriver implements VirtqueueDriver {
   readonly counters: DriverCounters = { issued: 0, completed: 0, kicks: 0, suppressedKicks: 0 }
   written = 0
   inFlight = 0
-  freeDescriptors: number
 
   readonly #mask: number
   readonly #eventIdx: boolean
@@ -75,19 +72,25 @@ export class SplitDriver implements VirtqueueDriver {
   readonly #used16At: number
   readonly #used32At: number
 
-  // The driver's own bookkeeping: nothing is ever read back from the shared descriptors.
-  readonly #next: Uint16Array
-  readonly #tables: (TableMemory | undefined)[]
-  /** Descriptors of the chain that starts here; 0 = no chain. */
-  readonly #length: Uint16Array
+  readonly #chains: ChainStore
   readonly #flying: Uint8Array
-  #freeHead = 0
-  #availIdx: number
-  #published: number
-  #lastUsed: number
-  #seenUsed: number
+  readonly #base: number
+  #availIdx = 0
+  #published = 0
+  #lastUsed = 0
+  #seenUsed = 0
   #usedEvent = 0
   #callsOff = false
+
+  // With IN_ORDER a chain lies in the table where its turn puts it (virtio 1.3 §2.7.5): it is written when it is
+  // issued.
+  readonly #order: IssueOrder | undefined
+  /** The next place in the table; the chain whose head is at a place. */
+  #place = 0
+  readonly #chainAt: Uint16Array
+  /** Chains that a used element covers which `pop` has read, and that chain's length in its turn. */
+  #batch = 0
+  #batchWritten = 0
 
   /** @throws RangeError for a size that no split ring has */
   constructor(options: SplitDriverOptions) {
@@ -109,72 +112,51 @@ export class SplitDriver implements VirtqueueDriver {
     this.#used32 = new Uint32Array(areas.used.buffer)
     this.#used16At = areas.used.offset / 2
     this.#used32At = areas.used.offset / 4
-    this.#next = Uint16Array.from({ length: size }, (_, i) => (i + 1) & 0xffff)
-    this.#tables = new Array<TableMemory | undefined>(size).fill(undefined)
-    this.#length = new Uint16Array(size)
-    this.#flying = new Uint8Array(size)
-    this.freeDescriptors = size
-    const base = (options.base ?? 0) & 0xffff
-    this.#availIdx = this.#published = this.#lastUsed = this.#seenUsed = base
-    this.#avail[this.#availAt] = 0
-    this.#avail[this.#availAt + 1] = base
-    this.#usedEventStore(base)
-    this.#used16[this.#used16At] = 0
-    this.#used16[this.#used16At + 1] = base
-    this.#used16[this.#used16At + 2 + 4 * size] = base
+    this.#chains = new ChainStore(size, SPLIT_TABLE, options.translate)
+    this.#flying = this.#chains.flying
+    this.#order = options.inOrder === true ? new IssueOrder(size) : undefined
+    this.#chainAt = new Uint16Array(size)
+    this.#base = (options.base ?? 0) & 0xffff
+    this.reset()
   }
 
   get base(): number {
     return this.#lastUsed
   }
 
+  get freeDescriptors(): number {
+    return this.#chains.free
+  }
+
+  reset(at = this.#base): void {
+    const base = at & 0xffff
+    this.#chains.reset()
+    this.#order?.clear()
+    this.#place = this.#batch = this.inFlight = 0
+    this.#availIdx = this.#published = this.#lastUsed = this.#seenUsed = base
+    this.#avail[this.#availAt] = this.#callsOff && !this.#eventIdx ? VIRTQ_AVAIL_F_NO_INTERRUPT : 0
+    this.#avail[this.#availAt + 1] = base
+    this.#usedEventStore(this.#callsOff ? (base - 1) & 0xffff : base)
+    this.#used16[this.#used16At] = 0
+    this.#used16[this.#used16At + 1] = base
+    this.#used16[this.#used16At + 2 + 4 * this.size] = base
+  }
+
   build(segments: readonly Segment[], table?: TableMemory): number {
-    const count = table === undefined ? segments.length : 1
-    if (count === 0 || count > this.freeDescriptors) return -1
-    const head = this.#freeHead
-    let index = head
-    let last = head
-    if (table !== undefined) {
-      writeTable(table, segments)
-      this.writeDescriptor(head, table.gpa, segments.length * VIRTQ_DESC_SIZE, VIRTQ_DESC_F_INDIRECT, 0)
-      index = this.#next[head] ?? 0
-    } else {
-      for (let i = 0; i < segments.length; i++) {
-        const segment = segments[i] as Segment
-        const next = this.#next[index] ?? 0
-        const more = i + 1 < segments.length
-        const flags = (segment.writable ? VIRTQ_DESC_F_WRITE : 0) | (more ? VIRTQ_DESC_F_NEXT : 0)
-        this.writeDescriptor(index, segment.address, segment.length, flags, more ? next : 0)
-        last = index
-        index = next
-      }
-    }
-    this.#freeHead = index
-    this.#next[last] = 0
-    this.freeDescriptors -= count
-    this.#length[head] = count
-    this.#tables[head] = table
-    return head
+    const chain = this.#chains.build(segments, table)
+    if (chain >= 0 && this.#order === undefined) this.#write(chain, chain, false)
+    return chain
   }
 
   setWritable(chain: number, segment: number, writable: boolean): void {
-    const table = this.#tables[chain]
-    if (table !== undefined) {
-      const view = new DataView(table.bytes.buffer, table.bytes.byteOffset, table.bytes.byteLength)
-      const at = segment * VIRTQ_DESC_SIZE + 12
-      const flags = view.getUint16(at, true) & ~VIRTQ_DESC_F_WRITE
-      view.setUint16(at, writable ? flags | VIRTQ_DESC_F_WRITE : flags, true)
-      return
-    }
-    let index = chain
-    for (let i = 0; i < segment; i++) index = this.#next[index] ?? 0
-    const at = this.#desc16At + index * 8 + 6
-    const flags = (this.#desc16[at] ?? 0) & ~VIRTQ_DESC_F_WRITE
-    this.#desc16[at] = writable ? flags | VIRTQ_DESC_F_WRITE : flags
+    const index = this.#chains.setWritable(chain, segment, writable)
+    if (index < 0 || this.#order !== undefined) return
+    this.#desc16[this.#desc16At + index * 8 + 6] = this.#chains.flags[index] as number
   }
 
   issue(chain: number): void {
-    this.#avail[this.#availAt + 2 + (this.#availIdx & this.#mask)] = chain
+    this.#avail[this.#availAt + 2 + (this.#availIdx & this.#mask)] =
+      this.#order === undefined ? chain : this.#turn(chain)
     this.#availIdx = (this.#availIdx + 1) & 0xffff
     this.#flying[chain] = 1
     this.inFlight++
@@ -216,29 +198,24 @@ export class SplitDriver implements VirtqueueDriver {
         this.#usedEventStore((this.#lastUsed - 1) & 0xffff)
       }
     }
+    if (this.#order !== undefined) return this.#popInOrder(this.#order)
     const at = this.#used32At + 1 + 2 * (this.#lastUsed & this.#mask)
     const head = this.#used32[at] ?? 0
     this.written = this.#used32[at + 1] ?? 0
-    if (head >= this.size || this.#flying[head] !== 1) {
-      throw new Error(`the device used chain ${head}, which it doesn't have (used index ${this.#lastUsed})`)
-    }
-    this.#flying[head] = 0
-    this.#lastUsed = (this.#lastUsed + 1) & 0xffff
-    this.inFlight--
-    this.counters.completed++
-    return head
+    if (head >= this.size || this.#flying[head] !== 1) this.#notThere(head)
+    return this.#took(head)
   }
 
   release(chain: number): void {
-    const count = this.#length[chain] ?? 0
-    if (count === 0) return
-    let last = chain
-    for (let i = 1; i < count; i++) last = this.#next[last] ?? 0
-    this.#next[last] = this.#freeHead
-    this.#freeHead = chain
-    this.freeDescriptors += count
-    this.#length[chain] = 0
-    this.#tables[chain] = undefined
+    this.#chains.release(chain)
+  }
+
+  hasUsed(): boolean {
+    return this.#lastUsed !== this.#seenUsed || this.usedIndex !== this.#lastUsed
+  }
+
+  pending(): number {
+    return (this.usedIndex - this.#lastUsed) & 0xffff
   }
 
   enableCalls(): boolean {
@@ -275,7 +252,10 @@ export class SplitDriver implements VirtqueueDriver {
     this.#desc16[at16 + 7] = next
   }
 
-  /** Puts any head into the next place of the available ring; counts as in flight when it is in range. */
+  /**
+   * Puts any head into the next place of the available ring; counts as in flight when it is in range. Not for IN_ORDER:
+   * nothing is in its order that this puts there.
+   */
   issueRaw(head: number): void {
     this.#avail[this.#availAt + 2 + (this.#availIdx & this.#mask)] = head
     this.#availIdx = (this.#availIdx + 1) & 0xffff
@@ -323,6 +303,75 @@ export class SplitDriver implements VirtqueueDriver {
     this.#usedEventStore(value & 0xffff)
   }
 
+  /** Puts the chain into the table at its turn, and returns the place of its first descriptor. */
+  #turn(chain: number): number {
+    const head = this.#place
+    this.#write(chain, head, true)
+    this.#place = (head + (this.#chains.count[chain] as number)) & this.#mask
+    this.#chainAt[head] = chain
+    this.#order?.push(chain)
+    return head
+  }
+
+  /**
+   * Writes a chain into the table from `place` on.
+   * @param sequential one behind the other, else where its own descriptors are
+   */
+  #write(chain: number, place: number, sequential: boolean): void {
+    const { low, high, length, flags, next, count } = this.#chains
+    let index = chain
+    let at = place
+    for (let left = count[chain] as number; left > 0; left--) {
+      const following = sequential ? (at + 1) & this.#mask : (next[index] as number)
+      const at32 = this.#desc32At + at * 4
+      this.#desc32[at32] = low[index] as number
+      this.#desc32[at32 + 1] = high[index] as number
+      this.#desc32[at32 + 2] = length[index] as number
+      const at16 = this.#desc16At + at * 8
+      this.#desc16[at16 + 6] = flags[index] as number
+      this.#desc16[at16 + 7] = left > 1 ? following : 0
+      index = next[index] as number
+      at = following
+    }
+  }
+
+  /** One used element may stand for several chains: the last of them is named (virtio 1.3 §2.7.9). */
+  #popInOrder(order: IssueOrder): number {
+    if (this.#batch === 0) {
+      const at = this.#used32At + 1 + 2 * (this.#lastUsed & this.#mask)
+      const head = this.#used32[at] ?? 0
+      this.#batchWritten = this.#used32[at + 1] ?? 0
+      const chain = head < this.size ? (this.#chainAt[head] as number) : 0
+      if (head >= this.size || this.#flying[chain] !== 1) this.#notThere(head)
+      const before = order.before(chain)
+      if (before < 0) this.#notThere(head)
+      if (before >= ((this.#seenUsed - this.#lastUsed) & 0xffff)) {
+        throw new Error(
+          `the device used chain ${head} out of order: ${before} before it are in flight, and its used index covers ` +
+            `${(this.#seenUsed - this.#lastUsed) & 0xffff}`
+        )
+      }
+      this.#batch = before + 1
+    }
+    this.#batch--
+    const chain = order.shift()
+    // The ones that have no element of their own were used completely.
+    this.written = this.#batch === 0 ? this.#batchWritten : (this.#chains.writable[chain] as number)
+    return this.#took(chain)
+  }
+
+  #took(chain: number): number {
+    this.#flying[chain] = 0
+    this.#lastUsed = (this.#lastUsed + 1) & 0xffff
+    this.inFlight--
+    this.counters.completed++
+    return chain
+  }
+
+  #notThere(head: number): never {
+    throw new Error(`the device used chain ${head}, which it doesn't have (used index ${this.#lastUsed})`)
+  }
+
   #usedEventStore(value: number): void {
     this.#usedEvent = value
     // ORDER: see enableCalls.
@@ -330,7 +379,7 @@ export class SplitDriver implements VirtqueueDriver {
   }
 }
 
-/** Writes an indirect table (virtio 1.3 §2.7.5.3). */
+/** Writes an indirect table (virtio 1.3 §2.7.5.3): entries in sequence, as IN_ORDER demands it. */
 export function writeTable(table: TableMemory, segments: readonly Segment[]): void {
   const view = new DataView(table.bytes.buffer, table.bytes.byteOffset, table.bytes.byteLength)
   for (const [i, segment] of segments.entries()) {
@@ -342,3 +391,5 @@ export function writeTable(table: TableMemory, segments: readonly Segment[]): vo
     view.setUint16(at + 14, more ? i + 1 : 0, true)
   }
 }
+
+const SPLIT_TABLE: TableFormat = { write: writeTable, flagsOffset: 12 }

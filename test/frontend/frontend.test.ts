@@ -2,7 +2,7 @@
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { bench, formatBench } from '../../src/frontend/bench.ts'
 import { BlkDriver } from '../../src/frontend/blk.ts'
-import { formatComparison, median } from '../../src/frontend/compare.ts'
+import { CASES, type CompareCase, formatComparison, median, OWN_CASES } from '../../src/frontend/compare.ts'
 import { Connection, payload64 } from '../../src/frontend/connection.ts'
 import { FrontendError } from '../../src/frontend/errors.ts'
 import { guessDevice, nameFeatures } from '../../src/frontend/feature-names.ts'
@@ -261,6 +261,32 @@ describe('the comparison', () => {
     [[7], 7],
   ])('median of %j', (values, expected) => {
     expect(median(values)).toBe(expected)
+  })
+
+  test('virtiod beside itself has a table of its own', () => {
+    const one = (iops: number, cpuPerRequest: number): never =>
+      ({ iops, cpuPerRequest, latency: { p50: 1, p99: 2 } }) as never
+    const inflight = OWN_CASES.find(({ name }) => name === 'inflight-randread-4k-qd32-poll') as CompareCase
+    expect(inflight.options).toEqual({ ...inflight.against, inflight: true })
+    expect(new Set([...CASES, ...OWN_CASES].map(({ name }) => name)).size).toBe(CASES.length + OWN_CASES.length)
+    const page = formatComparison(
+      {
+        names: ['a', 'b'],
+        cases: [
+          { case: inflight, rounds: [[one(96_000, 1.06), one(100_000, 1)]] },
+          { case: { name: 'log', options: {}, against: {} }, rounds: [[one(1, 1), one(2, 1)]] },
+        ],
+        fio: [],
+        start: [],
+        load: 0,
+      },
+      { rounds: 1, seconds: 1, size: 2 ** 30, cpu: { backend: 1, frontend: 0 }, built: false, indirect: false }
+    )
+    expect(page).toContain('# a with a feature and without')
+    expect(page).not.toContain('on the same file')
+    expect(page).toContain('**0.96** (0.96–0.96) | ≥ 0.95 ✓')
+    expect(page).toContain('**1.06** (1.06–1.06) ≤ 1.05 ✗')
+    expect(page).toMatch(/\| log \|.*\*\*0.50\*\* \(0.50–0.50\) \| {2}\|/)
   })
 
   test('ratios are taken within a round', () => {

@@ -8,7 +8,7 @@ import { formatNetBench, type NetBenchOptions, type NetBenchResult, netBench } f
 import { withDependents } from '../../src/frontend/net-features.ts'
 import { announcement, tcpFrame, tcpGsoHeader, udpFrame } from '../../src/frontend/net-frames.ts'
 import { deviceAt, probe } from '../../src/frontend/probe.ts'
-import { Session } from '../../src/frontend/session.ts'
+import { Session, type SessionOptions } from '../../src/frontend/session.ts'
 import * as net from '../../src/virtio/net.ts'
 import { type BackendTestpmdOptions, Testpmd } from '../dpdk.ts'
 import { dpdkMissing, endSharedTestpmd, sharedTestpmd, type Wire, wires } from './net-peers.ts'
@@ -30,8 +30,18 @@ function benchUntilSome(sockets: Parameters<typeof netBench>[0], options: NetBen
   }
 }
 
-function open(socket: string, without: readonly number[], options: NetDriverOptions): NetDriver {
-  const session = Session.open(socket, { queues: 0, withoutFeatures: withDependents(...without), ...PATIENCE })
+function open(
+  socket: string,
+  without: readonly number[],
+  options: NetDriverOptions,
+  rings: Pick<SessionOptions, 'packed' | 'inOrder'> = {}
+): NetDriver {
+  const session = Session.open(socket, {
+    queues: 0,
+    withoutFeatures: withDependents(...without),
+    ...rings,
+    ...PATIENCE,
+  })
   onTestFinished(() => session.close())
   // As with QEMU the control queue is the front-end's own (DPDK offers it and never looks at it).
   return new NetDriver(session, { control: false, ...PATIENCE, ...options })
@@ -41,6 +51,7 @@ interface Variant {
   readonly name: string
   readonly without: readonly number[]
   readonly options?: NetDriverOptions
+  readonly rings?: Pick<SessionOptions, 'packed' | 'inOrder'>
 }
 
 const VARIANTS: readonly Variant[] = [
@@ -52,6 +63,17 @@ const VARIANTS: readonly Variant[] = [
   { name: 'EVENT_IDX, called', without: [], options: { mode: 'irq' } },
   { name: 'a small ring', without: [], options: { queueSize: 8, rxBuffers: 8 } },
   { name: 'two pairs', without: [], options: { pairs: 2 } },
+  { name: 'packed rings', without: [], rings: { packed: true } },
+  { name: 'packed rings, EVENT_IDX, called', without: [], options: { mode: 'irq' }, rings: { packed: true } },
+  { name: 'packed rings, flags, called', without: [29], options: { mode: 'irq' }, rings: { packed: true } },
+  { name: 'small packed rings', without: [], options: { queueSize: 8, rxBuffers: 8 }, rings: { packed: true } },
+  { name: 'in order', without: [], options: { queueSize: 16, rxBuffers: 16 }, rings: { inOrder: true } },
+  {
+    name: 'packed and in order',
+    without: [],
+    options: { queueSize: 16, rxBuffers: 16 },
+    rings: { packed: true, inOrder: true },
+  },
 ]
 
 const udp = (size: number, seed: number): Uint8Array =>
@@ -70,7 +92,10 @@ describe.each(wires)('between two sockets of $name', (wire: Wire) => {
   async function connect(variant: Variant, tso = false): Promise<{ a: NetDriver; b: NetDriver }> {
     const sockets = await wire.start({ pairs: variant.options?.pairs ?? 1, tso })
     const options = { laxNumBuffers: wire.laxNumBuffers, ...variant.options }
-    const [a, b] = sockets.map((socket) => open(socket, variant.without, options)) as [NetDriver, NetDriver]
+    const [a, b] = sockets.map((socket) => open(socket, variant.without, options, variant.rings)) as [
+      NetDriver,
+      NetDriver,
+    ]
     b.send(announcement(B, 2))
     expect(a.receive().frame).toEqual(announcement(B, 2))
     return { a, b }
@@ -128,6 +153,10 @@ describe.each(wires)('between two sockets of $name', (wire: Wire) => {
     ['frames of 1514 bytes, not merged', { frameSize: 1514, noMergeable: true }],
     ['headers apart', { splitHeader: true, frameSize: 200 }],
     ['8 flows on two pairs', { queues: 2, flows: 8 }],
+    ['packed rings', { packed: true }],
+    ['packed rings, called, EVENT_IDX', { packed: true, driver: 'irq', both: true }],
+    ['packed rings, called, flags', { packed: true, driver: 'irq', noEventIdx: true }],
+    ['packed rings, headers apart', { packed: true, splitHeader: true }],
   ] as const)('bench: %s', async (_name, options) => {
     const sockets = await wire.start({ pairs: 'queues' in options ? options.queues : 1 })
     const result = benchUntilSome(sockets, options)
@@ -139,6 +168,7 @@ describe.each(wires)('between two sockets of $name', (wire: Wire) => {
     expect(result.packetsPerSecond).toBeCloseTo(received / result.seconds, 3)
     expect(result.gbitPerSecond * 1e9).toBeCloseTo(result.packetsPerSecond * result.frameSize * 8, -2)
     expect(result.mergeable).toBe(!('noMergeable' in options))
+    expect(result.packed).toBe('packed' in options)
     expect(formatNetBench(result)).toMatch(/packets\/s .* Gbit\/s\n +packets +sent .* received .* lost/)
     expect(formatNetBench({ ...result, received: 0 })).toMatch(/nothing came through/)
     if (options !== undefined && 'driver' in options) expect(result.eventIdx).toBe(!('noEventIdx' in options))
@@ -187,7 +217,7 @@ describe.skipIf(dpdkMissing !== undefined)('testpmd with one port', () => {
 
   test.each(VARIANTS)('macswap: $name', async (variant) => {
     const socket = await serve({ mode: 'macswap', queues: variant.options?.pairs ?? 1 })
-    const driver = open(socket, variant.without, { laxNumBuffers: true, ...variant.options })
+    const driver = open(socket, variant.without, { laxNumBuffers: true, ...variant.options }, variant.rings)
     for (const [i, size] of [...SIZES, ...SIZES].entries()) {
       driver.send(udp(size, i), { queue: i % driver.pairs })
       const { frame, queue } = driver.receive()

@@ -69,7 +69,7 @@ function usedOffset(size: number): number {
 
 function make(
   size: number,
-  options: { eventIdx?: boolean; base?: number } = {}
+  options: { eventIdx?: boolean; base?: number; inOrder?: boolean } = {}
 ): { driver: SplitDriver; device: TinyDevice; kicks: () => number } {
   const buffer = new SharedArrayBuffer(Math.ceil((usedOffset(size) + splitRingBytes(size).used) / 8) * 8)
   let kicks = 0
@@ -81,6 +81,7 @@ function make(
       used: { buffer, offset: usedOffset(size) },
     },
     eventIdx: options.eventIdx ?? false,
+    inOrder: options.inOrder ?? false,
     kick: () => kicks++,
     base: options.base ?? 0,
   })
@@ -183,6 +184,104 @@ describe('indices', () => {
 
   test.each([0, 3, 65536])('size %i is refused', (size) => {
     expect(() => make(size)).toThrow(RangeError)
+  })
+})
+
+describe('IN_ORDER', () => {
+  const shapes = [1, 2, 3, 1, 2, 1].map((count) => segments.slice(3 - count))
+
+  /** The device uses chains up to and including this one by one element (virtio 1.3 §2.7.9). */
+  const useBatch = (device: TinyDevice, head: number, chains: number, written: number): void => {
+    device.use(head, written)
+    device.used = (device.used + chains - 1) & 0xffff
+    device.view.setUint16(usedOffset(16) + 2, device.used, true)
+  }
+
+  test('descriptors lie in the order of the table, and chains go over its end', () => {
+    const { driver, device } = make(16, { inOrder: true })
+    let place = 0
+    for (let round = 0; round < 40; round++) {
+      const chains = shapes.map((shape) => driver.build(shape))
+      for (const chain of chains.toReversed()) driver.issue(chain)
+      driver.publish()
+      for (const { head, chain } of device.pop()) {
+        expect(head).toBe(place)
+        for (let i = 0; i < chain.length; i++) {
+          const at = (place + i) % 16
+          if (i + 1 < chain.length) expect(device.view.getUint16(16 * at + 14, true)).toBe((at + 1) % 16)
+        }
+        place = (place + chain.length) % 16
+        device.use(head, 3)
+      }
+      for (const chain of chains.toReversed()) {
+        expect([driver.pop(), driver.written]).toEqual([chain, 3])
+        driver.release(chain)
+      }
+    }
+    expect(driver.freeDescriptors).toBe(16)
+  })
+
+  test('one used element may stand for several chains', () => {
+    const { driver, device } = make(16, { inOrder: true, base: 65530 })
+    for (let round = 0; round < 10; round++) {
+      const chains = shapes.map((shape) => driver.build(shape))
+      for (const chain of chains) driver.issue(chain)
+      driver.publish()
+      const heads = device.pop().map(({ head }) => head)
+      useBatch(device, heads[0] as number, 1, 9)
+      useBatch(device, heads[3] as number, 3, 5)
+      expect(driver.pending()).toBe(4)
+      const got: number[][] = []
+      for (let chain = driver.pop(); chain >= 0; chain = driver.pop()) got.push([chain, driver.written])
+      useBatch(device, heads[5] as number, 2, 7)
+      for (let chain = driver.pop(); chain >= 0; chain = driver.pop()) got.push([chain, driver.written])
+      // Those without an element of their own were used completely.
+      const written = [9, 4097, 4097, 5, 4097, 7]
+      expect(got).toEqual(chains.map((chain, i) => [chain, written[i]]))
+      for (const chain of chains) driver.release(chain)
+    }
+  })
+
+  test('a device that uses the second chain first is found out', () => {
+    const { driver, device } = make(16, { inOrder: true })
+    for (let i = 0; i < 3; i++) driver.issue(driver.build(segments))
+    driver.publish()
+    const [, second] = device.pop()
+    device.use(second?.head as number, 1)
+    expect(() => driver.pop()).toThrow(/out of order: 1 before it/)
+  })
+
+  test('directions and indirect tables', () => {
+    const { driver, device } = make(16, { inOrder: true })
+    const chain = driver.build(segments)
+    const bytes = new Uint8Array(48)
+    const indirect = driver.build(segments, { gpa: 0x9000, bytes })
+    driver.setWritable(chain, 1, false)
+    for (const one of [chain, indirect]) driver.issue(one)
+    driver.publish()
+    const popped = device.pop()
+    expect(popped[0]?.chain.map(({ flags }) => flags)).toEqual([1, 1, 2])
+    expect(popped[1]?.chain).toEqual([{ address: 0x9000, length: 48, flags: 4 }])
+  })
+})
+
+describe('a reset', () => {
+  test.each([false, true])('forgets everything (in order: %s)', (inOrder) => {
+    const { driver, device } = make(8, { inOrder })
+    for (let i = 0; i < 2; i++) driver.issue(driver.build(segments))
+    driver.publish()
+    driver.reset(65534)
+    device.seen = device.used = 65534
+    expect([driver.base, driver.inFlight, driver.freeDescriptors, driver.usedIndex]).toEqual([65534, 0, 8, 65534])
+    const chain = driver.build(segments)
+    for (let i = 0; i < 4; i++) {
+      driver.issue(chain)
+      driver.publish()
+      const popped = device.pop()
+      expect(popped).toHaveLength(1)
+      device.use(popped[0]?.head as number, 1)
+      expect(driver.pop()).toBe(chain)
+    }
   })
 })
 

@@ -132,19 +132,29 @@ export interface OpenOptions extends SessionOptions {
   readonly arena?: number
 }
 
+/** Which rings the cases use. */
+export type RingFormat = Pick<SessionOptions, 'packed' | 'inOrder'>
+
 export class VerifyContext {
   readonly socketPath: string
   readonly facts: DiskFacts
   readonly timeoutMs: number
   readonly seed: number
+  /** What every session is opened with unless the case says otherwise. */
+  readonly format: RingFormat
   readonly #sessions: Session[] = []
   readonly #memories: GuestMemory[] = []
 
-  constructor(socketPath: string, facts: DiskFacts, timeoutMs: number, seed: number) {
+  constructor(socketPath: string, facts: DiskFacts, timeoutMs: number, seed: number, format: RingFormat = {}) {
     this.socketPath = socketPath
     this.facts = facts
     this.timeoutMs = timeoutMs
     this.seed = seed
+    this.format = format
+  }
+
+  get packed(): boolean {
+    return this.format.packed === true
   }
 
   has(bit: number): boolean {
@@ -158,7 +168,7 @@ export class VerifyContext {
   /** Opens a session; the one before it is closed first (a back-end need not serve two), it is closed after the case. */
   open(options: OpenOptions = {}): Opened {
     for (const session of this.#sessions.splice(0)) session.close()
-    const session = Session.open(this.socketPath, { timeoutMs: this.timeoutMs, ...options })
+    const session = Session.open(this.socketPath, { timeoutMs: this.timeoutMs, ...this.format, ...options })
     this.#sessions.push(session)
     const queueCount = Math.max(1, session.queues.length)
     const arena = options.arena ?? Math.floor((8 * 2 ** 20) / queueCount)

@@ -26,6 +26,7 @@ function attackCase(attack: Attack): VerifyCase {
     title: attack.title,
     spec: 'virtio 1.3 §2.7.5, §2.7.6; a guest must not harm its host',
     run: (context) => {
+      need(!context.packed && context.format.inOrder !== true, 'it is about plain split rings')
       need(attack.indirect !== true || context.has(VIRTIO_F_INDIRECT_DESC), 'INDIRECT_DESC is not offered')
       const { session, blk } = context.open({
         queues: Math.min(2, context.facts.maxQueues),
@@ -100,7 +101,7 @@ function makeVictim(context: VerifyContext, session: Session): Victim {
   const status = memory.allocate(16, 16)
   status.bytes[0] = 0xa5
   const table = memory.allocate(65536, 16)
-  const ring = session.queue(0).driver
+  const ring = session.queue(0).split
   return {
     session,
     ring,

@@ -9,7 +9,7 @@ import { BlkDriver } from '../blk.ts'
 import { FrontendError } from '../errors.ts'
 import { describePeer } from '../peer.ts'
 import { Session } from '../session.ts'
-import type { DiskFacts, VerifyCase } from './case.ts'
+import type { DiskFacts, RingFormat, VerifyCase } from './case.ts'
 import { Skip, VerifyContext } from './case.ts'
 import { controlCases } from './control.ts'
 import { dataCases } from './data.ts'
@@ -41,6 +41,9 @@ export interface VerifyOptions {
   readonly readOnly?: boolean
   /** Also break rings. */
   readonly hostile?: boolean
+  /** Use packed rings, IN_ORDER: the back-end has to offer it. Cases about what only split rings have are skipped. */
+  readonly packed?: boolean
+  readonly inOrder?: boolean
   /** Run only cases whose name contains one of these. */
   readonly filter?: readonly string[]
   /** Milliseconds that one request may take; default 5000. */
@@ -91,10 +94,11 @@ export interface VerifyResult {
  */
 export async function verify(socketPath: string, options: VerifyOptions = {}): Promise<VerifyResult> {
   const timeoutMs = options.timeoutMs ?? 5000
-  const { facts: found, pid } = discover(socketPath, timeoutMs)
+  const format = { packed: options.packed === true, inOrder: options.inOrder === true }
+  const { facts: found, pid } = discover(socketPath, timeoutMs, format)
   const facts = { ...found, readOnly: found.readOnly || options.readOnly === true }
   const program = (pid !== undefined && describePeer(pid)?.program) || 'unknown'
-  const context = new VerifyContext(socketPath, facts, timeoutMs, options.seed ?? 1)
+  const context = new VerifyContext(socketPath, facts, timeoutMs, options.seed ?? 1, format)
   let writable = !facts.readOnly
   const chosen = (options.cases ?? [...CASES, ...(options.hostile === true ? hostileCases : [])]).filter(
     (one) =>
@@ -241,8 +245,12 @@ function listening(socketPath: string): boolean {
 }
 
 /** The facts from a first session. */
-function discover(socketPath: string, timeoutMs: number): { facts: DiskFacts; pid: number | undefined } {
-  using session = Session.open(socketPath, { queues: 0, timeoutMs })
+function discover(
+  socketPath: string,
+  timeoutMs: number,
+  format: RingFormat
+): { facts: DiskFacts; pid: number | undefined } {
+  using session = Session.open(socketPath, { queues: 0, timeoutMs, ...format })
   if (!session.hasProtocol(VHOST_USER_PROTOCOL_F_CONFIG)) {
     throw new FrontendError(
       'verify',
@@ -315,7 +323,7 @@ function restore(context: VerifyContext, saved: Uint8Array): string | undefined 
 }
 
 function transfer(context: VerifyContext, bytes: number, each: (blk: BlkDriver, at: number) => void): void {
-  using session = Session.open(context.socketPath, { timeoutMs: context.timeoutMs })
+  using session = Session.open(context.socketPath, { timeoutMs: context.timeoutMs, ...context.format })
   const blk = new BlkDriver(session.queue(0), session.memory)
   blk.timeoutMs = context.timeoutMs
   for (let at = 0; at < bytes; at += CHUNK) each(blk, at)
