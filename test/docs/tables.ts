@@ -18,8 +18,12 @@ import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 import { RING_FEATURES } from '../../src/daemon/rings.ts'
 import type { DeviceDefinition } from '../../src/device/index.ts'
 import { deviceMetricName, METRICS } from '../../src/ops/metrics.ts'
-import { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from '../../src/vhost-user/session.ts'
-import * as wire from '../../src/vhost-user/wire.ts'
+import {
+  BACKEND_REQUEST_ROWS,
+  PROTOCOL_FEATURE_ROWS,
+  type ProtocolRow,
+  REQUEST_ROWS,
+} from '../../src/vhost-user/protocol-table.ts'
 import * as virtioBlk from '../../src/virtio/blk.ts'
 import * as virtio from '../../src/virtio/constants.ts'
 import { featureBits } from '../../src/virtio/features.ts'
@@ -43,13 +47,14 @@ export async function tables(): Promise<Record<string, string>> {
   sections['features'] = table(
     ['Feature', 'Bit', 'Of'],
     [
-      ...featureRows(featureBits(RING_FEATURES), virtio, /^(VIRTIO|VHOST_USER)_F_/, 'every device'),
+      ...featureRows(featureBits(RING_FEATURES), virtio, /^(VIRTIO|VHOST|VHOST_USER)_F_/, 'every device'),
       ...featureRows(await blkFeatures(), virtioBlk, /^VIRTIO_BLK_F_/, 'blk'),
       ...featureRows(await netFeatures(), virtioNet, /^VIRTIO_NET_F_/, 'net'),
-      ...featureRows(PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol'),
-      ...featureRows(NETWORK_PROTOCOL_FEATURES, wire, /^VHOST_USER_PROTOCOL_F_/, 'the vhost-user protocol, net'),
     ]
   )
+  sections['protocol-features'] = protocolTable('VHOST_USER_PROTOCOL_F_', 'Bit', PROTOCOL_FEATURE_ROWS)
+  sections['requests'] = protocolTable('VHOST_USER_', 'Number', REQUEST_ROWS)
+  sections['backend-requests'] = protocolTable('VHOST_USER_BACKEND_', 'Number', BACKEND_REQUEST_ROWS)
   sections['error-codes'] = table(
     ['Code', 'Meaning'],
     Object.entries(ERROR_CODES).map(([name, meaning]) => [code(name), meaning])
@@ -69,6 +74,19 @@ export function metricTable(definitions: readonly Pick<DeviceDefinition, 'name' 
   return table(
     ['Metric', 'Type', 'Labels', 'Meaning'],
     [...METRICS, ...own].map(({ name, type, labels, help }) => [code(name), type, labels.map(code).join(', '), help])
+  )
+}
+
+/** Every row of a table of the protocol: what is done, by whom, and why the rest is refused. */
+function protocolTable(prefix: string, number: string, rows: readonly ProtocolRow[]): string {
+  return table(
+    ['Name', number, '', ''],
+    rows.map((row) => [
+      code(row.name.startsWith('VHOST_') ? row.name : `${prefix}${row.name}`),
+      String(row.number),
+      row.done === undefined ? 'refused' : row.done === 'net' ? 'done, by network cards' : 'done',
+      row.note ?? '',
+    ])
   )
 }
 
