@@ -290,7 +290,7 @@ export class Queue implements QueueContext {
   /** A kick that came as a message. The ring is looked at in the next round. */
   kick(): void {
     this.notifications.kicked()
-    this.#miss.forget()
+    this.#miss.kicked(this.#owner.now)
   }
 
   /** Before a sleep: asks for kicks. Returns true when chains are waiting already, or a receiver isn't through. */
@@ -314,7 +314,7 @@ export class Queue implements QueueContext {
       case OP_CANCEL_WATCH:
         return this.#watches.cancelled(low & 0xffff, result)
       default: {
-        if (operation === OP_KICK) this.#miss.forget()
+        if (operation === OP_KICK) this.#miss.kicked(this.#owner.now)
         const error = this.notifications.completion(operation, result, flags)
         if (error !== undefined) this.#fail(error)
       }
@@ -374,7 +374,7 @@ export class Queue implements QueueContext {
   }
 
   #lookForMiss(): void {
-    if (this.#miss.due(this.vring)) this.#owner.ringMissed(this)
+    if (this.#miss.due(this.vring, this.#owner.now)) this.#owner.ringMissed(this)
   }
 
   /** The session has another log. */
