@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import { ERROR_CODES } from '../src/daemon/error-codes.ts'
-import { metricTable, readmePath, readSection, tables } from './docs/tables.ts'
+import { conformancePage, conformancePath, metricTable, readmePath, readSection, tables } from './docs/tables.ts'
 
 const root = join(fileURLToPath(new URL('.', import.meta.url)), '..')
 
@@ -14,6 +14,10 @@ describe('README.md', () => {
     for (const [name, text] of Object.entries(await tables())) {
       expect(readSection(readme, name), `section ${name}`).toBe(text)
     }
+  })
+
+  test('docs/conformance.md has the cases of the suite (npm run docs)', () => {
+    expect(readFileSync(conformancePath, 'utf8')).toBe(conformancePage())
   })
 
   test("devices' own metrics stand below virtiod's", () => {

@@ -7,6 +7,7 @@ import { inspect } from 'node:util'
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads'
 import type { CreateQueueHandler } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
+import { RingError } from '../virtio/errors.ts'
 import { IothreadCounters } from './counters.ts'
 import type { Envelope, IothreadOptions, LogArea, Report, Request, StartQueue } from './messages.ts'
 import { AdaptivePoll } from './poll.ts'
@@ -88,7 +89,8 @@ export class Iothread implements CompletionSink, QueueOwner {
         try {
           await this.#obey(id, request)
         } catch (error) {
-          this.#report({ kind: 'failed', id, error: portable(error) })
+          const ring = error instanceof RingError ? { ring: error.code } : {}
+          this.#report({ kind: 'failed', id, error: portable(error), ...ring })
         }
       }
     }

@@ -117,7 +117,8 @@ export type Report =
   /** The iothread runs; `emulated` says on what, `reason` why. */
   | { readonly kind: 'ready'; readonly emulated: boolean; readonly reason?: string }
   | { readonly kind: 'done'; readonly id: number; readonly value: number }
-  | { readonly kind: 'failed'; readonly id: number; readonly error: unknown }
+  /** `ring`: it is a RingError with that code, which the error loses on its way. */
+  | { readonly kind: 'failed'; readonly id: number; readonly error: unknown; readonly ring?: RingErrorCode }
   | {
       readonly kind: 'ringBroken'
       readonly session: number

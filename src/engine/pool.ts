@@ -5,6 +5,7 @@ import { MessageChannel, type MessagePort, Worker } from 'node:worker_threads'
 import { EventEmitter } from 'eventemitter3'
 import { native, systemError } from '../native.ts'
 import type { IothreadSnapshot } from '../ops/snapshot.ts'
+import { RingError } from '../virtio/errors.ts'
 import { IothreadCounters } from './counters.ts'
 import type { Envelope, IothreadOptions, Report, Request } from './messages.ts'
 
@@ -82,7 +83,9 @@ export class IothreadHandle {
         case 'done':
           return this.#answer(report.id)?.resolve(report.value)
         case 'failed':
-          return this.#answer(report.id)?.reject(report.error)
+          return this.#answer(report.id)?.reject(
+            report.ring === undefined ? report.error : new RingError(report.ring, (report.error as Error).message)
+          )
         case 'ringBroken':
           return void events.emit('ringBroken', report)
         case 'deviceFailed':

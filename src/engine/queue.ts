@@ -76,6 +76,8 @@ export class Queue implements QueueContext {
   #broken = false
   /** It stops, and chains that a former back-end took are still to be completed. */
   #finishing = false
+  /** Chains in flight are recorded, so a back-end before this one may have died in the middle of its work. */
+  readonly #tracked: boolean
   /**
    * Chains in flight are not completed any more, since the handler threw or the ring stopped with them: it hears of
    * nothing, does no I/O, and gives no chain back.
@@ -110,6 +112,7 @@ export class Queue implements QueueContext {
     this.queueSize = start.vring.size
     this.features = start.features
     this.enabled = start.enabled
+    this.#tracked = start.inflight !== undefined
     const low = start.queue << 16
     const upper = generation << 8
     this.notifications = new QueueNotifications(owner.ring, owner.oneAddress, start, upper, this.#counters, owner)
@@ -135,6 +138,8 @@ export class Queue implements QueueContext {
     // What the ring misses already is told in the first round: to the control thread it is not started before the
     // answer.
     this.notifications.begin()
+    // The back-end before this one may have died after it published and before it called: the driver would sleep on.
+    if (this.#tracked) this.notifications.call()
   }
 
   /** Chains may be popped for their purpose. */

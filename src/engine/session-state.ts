@@ -17,6 +17,10 @@ export class SessionState {
   #iotlb: Iotlb | undefined
   /** SET_LOG_FD: written by the ring, since the front-end can make a write to its eventfd wait. */
   readonly #logCall: CallWriter
+  /** The eventfd is about to be exchanged. */
+  #logHeld = false
+  /** Marks may have been told to an eventfd that nobody looks at any more. */
+  #untold = false
 
   /** @param oneAddress as CallWriter has it */
   constructor(session: number, ring: IoRing, oneAddress: number) {
@@ -61,6 +65,8 @@ export class SessionState {
 
   /** Before `setLog`: the present log's eventfd comes to rest. */
   holdLog(): void {
+    this.#logHeld = true
+    if (this.signalling) this.#untold = true
     this.#logCall.hold()
   }
 
@@ -71,14 +77,19 @@ export class SessionState {
 
   /** @param fd eventfd that tells of marks, -1 = none */
   setLog(area: LogArea | undefined, fd: number): void {
+    // Also of marks from before there was an eventfd.
+    const untold = this.#untold || this.log?.marked === true
+    this.#untold = false
+    this.#logHeld = false
     this.log = area && new DirtyLog(new Uint8Array(area.buffer, area.offset, area.size))
+    if (this.log !== undefined) this.log.marked = untold
     this.#logCall.exchange(fd)
   }
 
   /** Tells the front-end, in the next submission, when something was marked since the last time. */
   tellMarks(): void {
     const { log } = this
-    if (log === undefined || !log.marked) return
+    if (log === undefined || !log.marked || this.#logHeld || !this.#logCall.hasFd) return
     log.marked = false
     this.#logCall.call()
   }

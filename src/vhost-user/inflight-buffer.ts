@@ -4,7 +4,7 @@
  */
 import { native, systemError } from '../native.ts'
 import { VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
-import { forgetInflight, InflightError, inflightSize } from '../virtio/inflight.ts'
+import { forgetInflight, hasInflight, InflightError, inflightSize } from '../virtio/inflight.ts'
 import { isInitialised } from '../virtio/inflight-region.ts'
 import { ProtocolError } from './errors.ts'
 import { MappedArea } from './mapping.ts'
@@ -86,11 +86,13 @@ export class InflightBuffer {
 
   /**
    * The ring was drained and the front-end asked where it stood: what it says at the next start counts again. A driver
-   * that was reset begins anew.
+   * that was reset begins anew. Where it left something nevertheless (a translation was missing, or the device failed)
+   * the region counts, or that would be lost. @param reset forget that as well
    */
-  forget(index: number, packed: boolean): void {
+  forget(index: number, packed: boolean, reset: boolean): void {
     const length = inflightSize(this.queueSize, packed)
-    forgetInflight(bytesOf({ buffer: this.area.buffer, offset: index * length, size: length }))
+    const bytes = bytesOf({ buffer: this.area.buffer, offset: index * length, size: length })
+    if (reset || !hasInflight(bytes, packed)) forgetInflight(bytes)
   }
 }
 

@@ -7,6 +7,7 @@
 import { readlinkSync } from 'node:fs'
 import { native } from '../native.ts'
 import { VHOST_USER_F_PROTOCOL_FEATURES } from '../virtio/constants.ts'
+import { RingError } from '../virtio/errors.ts'
 import type { VringConfig } from '../virtio/vring.ts'
 import type { DirtyLogArea } from './dirty-log-area.ts'
 import { ProtocolError } from './errors.ts'
@@ -212,7 +213,7 @@ export class Vrings implements MovableRings {
         await this.#stop(ring, false)
         ring.drained = true
       }
-      this.#forgetIfDrained(ring)
+      this.#forgetIfDrained(ring, true)
       this.#closeFds(ring)
       ring.reset()
     }
@@ -251,8 +252,8 @@ export class Vrings implements MovableRings {
 
   // ---- internals
 
-  #forgetIfDrained(ring: RingState): void {
-    if (ring.drained) this.#session.inflight?.forget(ring.index, ring.config?.packed ?? this.#negotiated.packed)
+  #forgetIfDrained(ring: RingState, reset = false): void {
+    if (ring.drained) this.#session.inflight?.forget(ring.index, ring.config?.packed ?? this.#negotiated.packed, reset)
     ring.drained = false
   }
 
@@ -339,7 +340,9 @@ export class Vrings implements MovableRings {
       })
     } catch (error) {
       ring.started = false
-      throw error
+      if (!(error instanceof RingError)) throw error
+      const code = error.code === 'ERR_RING_INFLIGHT' ? 'ERR_PROTOCOL_INFLIGHT' : 'ERR_PROTOCOL_VRING'
+      throw new ProtocolError(code, `queue ${ring.index} cannot start: ${error.message}`, { cause: error })
     }
   }
 

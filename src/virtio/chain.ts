@@ -26,8 +26,9 @@ export class Chain {
   inFlight = false
   /** When it was popped, in the engine's microseconds. */
   poppedAt = 0
-  /** The memory that the segments refer to. */
+  /** What the segments refer to: all of the memory, or after `detach` the regions of this chain. */
   regions: readonly MemoryRegion[]
+  #own: MemoryRegion[] | undefined
   /** The region of segment 0, whatever it was before while there is none. Most chains of packets have no other. */
   first: MemoryRegion
   /** Per segment: index of its region, offset in that region, length in bytes. */
@@ -106,6 +107,21 @@ export class Chain {
       this.readableCount = this.count
     }
     return true
+  }
+
+  /**
+   * Refers to the regions that it uses alone. For chains behind a vIOMMU, where the list of all regions has thousands
+   * of entries and is another one after every change: each chain would keep one, also while it waits in the pool.
+   */
+  detach(): void {
+    this.#own ??= []
+    const own = this.#own
+    own.length = this.count
+    for (let segment = 0; segment < this.count; segment++) {
+      own[segment] = this.regions[this.region[segment]!]!
+      this.region[segment] = segment
+    }
+    this.regions = own
   }
 
   #grow(): void {

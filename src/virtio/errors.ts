@@ -20,7 +20,7 @@ export const RING_ERRORS = {
   ERR_RING_ORDER: 'a device-readable descriptor follows a device-writable one',
   ERR_RING_ADDRESS: 'a descriptor points outside guest memory',
   ERR_RING_LENGTH: 'a chain has more than 2^32 - 1 bytes',
-  ERR_RING_INDIRECT: 'an indirect descriptor is malformed, nested, or was not negotiated',
+  ERR_RING_INDIRECT: 'an indirect descriptor is malformed, nested, too long, or was not negotiated',
   ERR_RING_MEMORY: 'the memory that the ring lives in was removed or truncated',
   ERR_RING_SCATTERED: 'behind a vIOMMU, a part of the ring is not contiguous in guest-physical memory',
   ERR_RING_BASE: 'the base of a packed ring is no state that a ring can be in',

@@ -82,6 +82,12 @@ export function forgetInflight(bytes: Uint8Array): void {
   new Uint16Array(bytes.buffer, bytes.byteOffset, 8)[VERSION_AT] = 0
 }
 
+/** Whether the region is one in which chains are in flight. */
+export function hasInflight(bytes: Uint8Array, packed: boolean): boolean {
+  const halves = new Uint16Array(bytes.buffer, bytes.byteOffset, 8)
+  return halves[VERSION_AT] === VERSION && anyInFlight(bytes, halves[DESC_NUM_AT]!, packed)
+}
+
 function anyInFlight(bytes: Uint8Array, entries: number, packed: boolean): boolean {
   const entry = packed ? PACKED_ENTRY : SPLIT_ENTRY
   const start = packed ? PACKED_HEADER : SPLIT_HEADER

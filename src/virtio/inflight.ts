@@ -3,7 +3,7 @@
  * memory that outlives this process, so that the next one resubmits them. Pure; a ring keeps its region as it pops and
  * pushes. It must not know who shares the memory.
  */
-export { forgetInflight, InflightError, inflightSize } from './inflight-region.ts'
+export { forgetInflight, hasInflight, InflightError, inflightSize } from './inflight-region.ts'
 export {
   PackedInflight,
   type PackedRecovery,

@@ -55,6 +55,15 @@ export class MemoryRegion {
   }
 }
 
+/**
+ * Whether offsets in the buffers of both mean the same bytes. The buffers may be two objects: every message to an
+ * iothread makes new ones of the same memory.
+ */
+export function isOneMapping(a: MemoryRegion, b: MemoryRegion): boolean {
+  if (a.buffer === b.buffer) return true
+  return a.hva - a.start === b.hva - b.start && a.buffer.byteLength === b.buffer.byteLength
+}
+
 /** An immutable set of regions that don't overlap. A change of the memory table makes a new one. */
 export class GuestMemory {
   /** Ascending by GPA. */

@@ -18,6 +18,7 @@ import {
   VIRTQ_DESC_SIZE,
   VIRTQ_EVENT_SUPPRESS_SIZE,
 } from './constants.ts'
+import type { DirtyLog } from './dirty-log.ts'
 import { InflightError, type PackedInflight, type RecoveredChain } from './inflight.ts'
 import { type GuestMemory, IOTLB_READ, IOTLB_WRITE } from './memory.ts'
 import {
@@ -88,6 +89,8 @@ export class PackedRing extends RingBase {
    */
   #scratch = new Uint32Array(INITIAL_SCRATCH * 4)
   #recoveredChains: readonly RecoveredChain[] = []
+  /** Recovery wrote to the ring before there was a log: it is marked in the first one. */
+  #unmarked = false
 
   constructor(memory: GuestMemory, config: VringConfig, inflight?: PackedInflight) {
     super(memory, config)
@@ -131,6 +134,14 @@ export class PackedRing extends RingBase {
     return true
   }
 
+  override setLog(log: DirtyLog | undefined, ring: number): void {
+    super.setLog(log, ring)
+    if (!this.#unmarked || log === undefined || ring < 0) return
+    this.#unmarked = false
+    // All of it: this happens once, after a crash.
+    for (let index = 0; index < this.size; index++) this.#markDescriptor(index)
+  }
+
   protected start(): void {
     if (this.#inflight !== undefined) return this.#recover(this.#inflight)
     const owned = packedDistance(parsePackedBase(this.config.base), this.size)
@@ -168,6 +179,7 @@ export class PackedRing extends RingBase {
         if ((halves[index * 8 + 7]! & OWNER) === used(wrap)) {
           halves[index * 8 + 7] = available(wrap)
           if (this.log !== undefined) this.#markDescriptor(index)
+          else this.#unmarked = true
         }
         if (++index === size) {
           index = 0

@@ -15,9 +15,15 @@ import type { DirtyLog } from './dirty-log.ts'
 import { RING_ERRORS, RingError, type RingErrorCode } from './errors.ts'
 import { CompletionOrder } from './in-order.ts'
 import { InflightError } from './inflight.ts'
-import { type GuestMemory, IOTLB_READ, IOTLB_WRITE, type MemoryRegion } from './memory.ts'
+import { type GuestMemory, IOTLB_READ, IOTLB_WRITE, isOneMapping, type MemoryRegion } from './memory.ts'
 import type { RecoveredChains } from './recovered.ts'
 import type { Vring, VringConfig } from './vring.ts'
+
+/**
+ * Buffers that a table may have where the ring has fewer entries; drivers must keep to those (virtio 1.3 §2.7.5.3.1), and QEMU
+ * has the same bound. Without it 1024 pooled chains of tables of 32768 keep 470 MB.
+ */
+const MAX_TABLE = 1024
 
 export abstract class RingBase implements Vring {
   readonly size: number
@@ -41,6 +47,8 @@ export abstract class RingBase implements Vring {
   protected order: CompletionOrder | undefined
   /** Chains of the in-flight buffer that were not used since; undefined when there are none any more. */
   protected recovered: RecoveredChains | undefined
+  /** `pop` has nothing to look at but the ring: not blocked, nothing recovered, no order to keep. */
+  protected simple = false
   /** A completion can be written at once. */
   #direct = false
   /** And there is nothing else to do for it. */
@@ -49,7 +57,8 @@ export abstract class RingBase implements Vring {
   #started = false
   /** What the driver was asked last. */
   #kicksWanted = false
-  readonly #chains: (Chain | undefined)[]
+  /** By head; undefined before its first use. */
+  protected readonly chains: (Chain | undefined)[]
 
   /** The subclass calls `setMemory(memory)` at its end: that finds the ring and starts it. */
   constructor(memory: GuestMemory, config: VringConfig) {
@@ -58,7 +67,7 @@ export abstract class RingBase implements Vring {
     this.memory = memory
     this.inOrder = config.inOrder
     // Filled with undefined, not holes: the elements stay PACKED.
-    this.#chains = new Array<Chain | undefined>(config.size).fill(undefined)
+    this.chains = new Array<Chain | undefined>(config.size).fill(undefined)
     if (config.inOrder) this.order = new CompletionOrder(config.size)
   }
 
@@ -99,8 +108,8 @@ export abstract class RingBase implements Vring {
     if (memory.translated) this.order ??= new CompletionOrder(this.size)
     if (this.mapped) this.#flush()
     this.#direct = this.mapped && !this.inOrder
-    this.#settle()
     this.blocked = this.error !== undefined || this.missAddress >= 0 || !this.mapped
+    this.#settle()
   }
 
   setLog(log: DirtyLog | undefined, ring: number): void {
@@ -110,10 +119,10 @@ export abstract class RingBase implements Vring {
   }
 
   chain(head: number): Chain {
-    const chain = this.#chains[head]
+    const chain = this.chains[head]
     if (chain !== undefined) return chain
     const created = new Chain(head)
-    this.#chains[head] = created
+    this.chains[head] = created
     return created
   }
 
@@ -132,8 +141,9 @@ export abstract class RingBase implements Vring {
     else this.#hold(chain.head, written)
   }
 
-  /** After `#direct`, `log` or `recovered` changed. */
+  /** After `blocked`, `order`, `#direct`, `log` or `recovered` changed: one flag in place of their checks per chain. */
   #settle(): void {
+    this.simple = !this.blocked && this.order === undefined && this.recovered === undefined
     this.#plain = this.#direct && this.log === undefined && this.recovered === undefined
   }
 
@@ -203,6 +213,7 @@ export abstract class RingBase implements Vring {
   protected fail(code: RingErrorCode): false {
     this.error ??= new RingError(code, RING_ERRORS[code])
     this.blocked = true
+    this.simple = false
     return false
   }
 
@@ -224,6 +235,7 @@ export abstract class RingBase implements Vring {
   /** A chain is in flight from now on. */
   protected claimed(chain: Chain): void {
     chain.inFlight = true
+    if (this.memory.translated) chain.detach()
     if (this.inOrder) this.order!.enter(chain.head)
   }
 
@@ -255,7 +267,11 @@ export abstract class RingBase implements Vring {
     const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0
     if (!writable && chain.count > chain.readableCount) return this.fail('ERR_RING_ORDER')
     if (chain.readable + chain.writable + length > 0xffff_ffff) return this.fail('ERR_RING_LENGTH')
-    if (chain.append(this.memory, gpa, length, writable)) return true
+    return chain.append(this.memory, gpa, length, writable) || this.#absent(gpa, length, writable)
+  }
+
+  /** Not in `add`: a small one is inlined. */
+  #absent(gpa: number, length: number, writable: boolean): false {
     if (this.memory.translated && this.miss(gpa, length, writable ? IOTLB_WRITE : IOTLB_READ)) return false
     return this.fail('ERR_RING_ADDRESS')
   }
@@ -268,8 +284,10 @@ export abstract class RingBase implements Vring {
     const entries = length / VIRTQ_DESC_SIZE
     if (length === 0 || length % VIRTQ_DESC_SIZE !== 0 || entries > VIRTQ_MAX_SIZE)
       return this.fail('ERR_RING_INDIRECT')
+    const most = Math.max(this.size, MAX_TABLE)
     let index = 0
     for (let walked = 0; walked < entries; walked++) {
+      if (walked === most) return this.fail('ERR_RING_INDIRECT')
       const at = table + index * VIRTQ_DESC_SIZE
       // One look-up per entry: a table may lie across adjacent regions.
       const region = this.memory.contiguous(at, VIRTQ_DESC_SIZE)
@@ -314,6 +332,7 @@ export abstract class RingBase implements Vring {
         // All that is needed, not only what is lacking: the answer replaces the entry.
         this.missAccess = access
         this.blocked = true
+        this.simple = false
         return true
       }
       at = region.end
@@ -327,7 +346,7 @@ function isOnePiece(memory: GuestMemory, first: MemoryRegion, end: number): bool
   for (let at = first.end; at < end; ) {
     const region = memory.regions[memory.find(at)]!
     const distance = at - first.gpa
-    if (region.buffer !== first.buffer || region.start !== first.start + distance) return false
+    if (!isOneMapping(first, region) || region.start !== first.start + distance) return false
     // Marks in the dirty log are made from the first one's address.
     if (region.physical !== first.physical + distance) return false
     at = region.end

@@ -112,10 +112,27 @@ export class SplitRing extends RingBase {
   }
 
   pop(): Chain | undefined {
+    if (!this.simple) return this.#popGeneral()
+    if (this.#lastAvail === this.#seenAvail && !this.#look()) return undefined
+    const head = this.#avail[2 + (this.#lastAvail & this.#mask)]!
+    const chain = this.chains[head]
+    // Whatever is not the usual case, `#takeAny` finds out again: of this nothing is used.
+    if (chain === undefined || chain.inFlight || !this.#takeSingle(chain, head))
+      return this.#popped(this.#takeAny(head))
+    chain.inFlight = true
+    return this.#popped(chain)
+  }
+
+  /** Not in `pop`: a small one is inlined. */
+  #popGeneral(): Chain | undefined {
     if (this.blocked) return undefined
     if (this.recovered?.waiting === true) return this.#popRecovered(this.recovered)
     if (this.#lastAvail === this.#seenAvail && !this.#look()) return undefined
-    const chain = this.#take(this.#avail[2 + (this.#lastAvail & this.#mask)]!)
+    return this.#popped(this.#take(this.#avail[2 + (this.#lastAvail & this.#mask)]!))
+  }
+
+  /** The next avail entry was this chain, if it was one. */
+  #popped(chain: Chain | undefined): Chain | undefined {
     if (chain === undefined) return undefined
     this.#lastAvail = (this.#lastAvail + 1) & 0xffff
     if (this.#inflight !== undefined) this.#inflight.popped(chain.head)
@@ -150,10 +167,17 @@ export class SplitRing extends RingBase {
   #take(head: number): Chain | undefined {
     const chain = this.claim(head)
     if (chain === undefined) return undefined
-    if (!this.#takeSingle(chain, head)) {
-      chain.begin(this.memory)
-      if (!this.#walk(chain, head)) return undefined
-    }
+    if (!this.#takeSingle(chain, head)) return this.#takeAny(head)
+    this.claimed(chain)
+    return chain
+  }
+
+  /** A chain of any number of descriptors. */
+  #takeAny(head: number): Chain | undefined {
+    const chain = this.claim(head)
+    if (chain === undefined) return undefined
+    chain.begin(this.memory)
+    if (!this.#walk(chain, head)) return undefined
     this.claimed(chain)
     return chain
   }

@@ -3,7 +3,7 @@
  * fills them in between their markers, `<!-- options:blk -->` … `<!-- /options:blk -->`; test/docs.test.ts holds README
  * to them.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -17,6 +17,7 @@ import { asOptionTable, type OptionInfo, type OptionTable, optionsOf } from '../
 import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 import { RING_FEATURES } from '../../src/daemon/rings.ts'
 import type { DeviceDefinition } from '../../src/device/index.ts'
+import { formatList } from '../../src/frontend/conformance/index.ts'
 import { deviceMetricName, METRICS } from '../../src/ops/metrics.ts'
 import {
   BACKEND_REQUEST_ROWS,
@@ -28,6 +29,19 @@ import * as virtioBlk from '../../src/virtio/blk.ts'
 import * as virtio from '../../src/virtio/constants.ts'
 import { featureBits } from '../../src/virtio/features.ts'
 import * as virtioNet from '../../src/virtio/net.ts'
+
+const docsPath = join(fileURLToPath(new URL('.', import.meta.url)), '../../docs')
+export const conformancePath = join(docsPath, 'conformance.md')
+
+/** docs/conformance.md: the suite's cases, as `virtiod conformance --list` prints them. */
+export function conformancePage(): string {
+  return `# The cases of \`virtiod conformance\`
+
+Made from the code by \`npm run docs\`. How to run them, and what the outcomes mean: [README](../README.md#a-conformance-suite-for-vhost-user-back-ends).
+
+${formatList().trim()}
+`
+}
 
 export const readmePath = join(fileURLToPath(new URL('.', import.meta.url)), '../../README.md')
 
@@ -174,8 +188,11 @@ function fill(readme: string, sections: Readonly<Record<string, string>>): strin
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const sections = await tables()
-  if (process.argv.includes('--write')) writeFileSync(readmePath, fill(readFileSync(readmePath, 'utf8'), sections))
-  else
+  if (process.argv.includes('--write')) {
+    writeFileSync(readmePath, fill(readFileSync(readmePath, 'utf8'), sections))
+    mkdirSync(docsPath, { recursive: true })
+    writeFileSync(conformancePath, conformancePage())
+  } else
     for (const [name, text] of Object.entries(sections))
       process.stdout.write(`<!-- ${name} -->\n\n${text}\n\n<!-- /${name} -->\n\n`)
 }

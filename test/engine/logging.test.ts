@@ -124,6 +124,20 @@ describe.each([
     })
   })
 
+  it('an eventfd that comes later hears of marks that were made before it', async () => {
+    await using engine = await Engine.start(emulate)
+    const session = await TestSession.start(engine)
+    const { ring } = session
+    const log = { buffer: new SharedArrayBuffer(SIZE), offset: 0, size: SIZE }
+    await session.setLog(log)
+    ring.offer(ring.prepare(0, device.NULL))
+    await ring.used(1)
+    await ring.round()
+    const fd = engine.eventfd()
+    await session.setLog(log, fd)
+    await until('it is told', () => native.eventfdRead(fd) > 0)
+  })
+
   it('an eventfd that is full, and blocks, holds nobody', async () => {
     await using engine = await Engine.start(emulate)
     const session = await TestSession.start(engine)

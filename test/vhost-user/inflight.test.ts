@@ -3,6 +3,7 @@ import { fstatSync, ftruncateSync, writeSync } from 'node:fs'
 import { beforeAll, describe, expect, test } from 'vitest'
 import { native } from '../../src/native.ts'
 import * as wire from '../../src/vhost-user/wire.ts'
+import { RingError } from '../../src/virtio/errors.ts'
 import { inflightSize } from '../../src/virtio/inflight.ts'
 import { Bench, openFds, PACKED, PLAIN, until, warmUp } from './harness.ts'
 import { inflight } from './request-rows.ts'
@@ -240,6 +241,24 @@ describe('GET_VRING_BASE', () => {
     expect(words[4]).toBe(0)
   })
 
+  test('what it could not drain stays in the buffer: its translation was missing, or the device failed', async () => {
+    await using bench = await tracked()
+    const words = header(bench)
+    const { buffer, offset } = bench.host.started.get(0)!.inflight!
+    const bytes = new Uint8Array(buffer, offset)
+    // desc_num, and the mark of head 3.
+    words[5] = 256
+    bytes[16 + 3 * 16] = 1
+    await bench.getBase()
+    await bench.kick(0)
+    expect([words[4], bytes[16 + 3 * 16]]).toEqual([1, 1])
+    // What it drained then is over.
+    bytes[16 + 3 * 16] = 0
+    await bench.getBase()
+    await bench.kick(0)
+    expect(words[4]).toBe(0)
+  })
+
   test.each([
     ['another one is taken as it is', false, 1],
     ['the same one begins anew', true, 0],
@@ -264,12 +283,27 @@ describe('GET_VRING_BASE', () => {
     const { description, fd } = (await getInflight(bench))!
     expect(await bench.command(SET, inflight(description, 24), [fd])).toBe('ok')
     await bench.startRing()
-    header(bench)[4] = 1
+    const words = header(bench)
+    words[4] = 1
+    // Also with something in flight: desc_num, and the mark of head 0.
+    words[5] = 256
+    words[8] = 1
     expect(await bench.command(wire.VHOST_USER_RESET_DEVICE)).toBe('ok')
     expect(await bench.command(wire.VHOST_USER_SET_FEATURES, wire.u64(PLAIN))).toBe('ok')
     expect(await bench.command(SET, inflight(description, 24), [fd])).toBe('ok')
     await bench.startRing()
     expect(header(bench)[4]).toBe(0)
+  })
+
+  test('a buffer that contradicts itself is a NACK of what starts the ring', async () => {
+    await using bench = await Bench.open()
+    await bench.addMemory()
+    await track(bench)
+    await bench.prepareRing(0, 256)
+    bench.host.startError = new RingError('ERR_RING_INFLIGHT', 'the in-flight buffer contradicts itself')
+    expect(await bench.kick(0)).toBe('nack')
+    bench.host.startError = undefined
+    expect(await bench.kick(0)).toBe('ok')
   })
 
   test('with num = 1 leaves what is in flight in the buffer', async () => {

@@ -378,6 +378,28 @@ describe('PackedInflight', () => {
     }
   })
 
+  test('the entries of a chain that was recovered and used are taken again, each once', () => {
+    const { start } = makePacked(6)
+    const first = start()
+    first.recover(0x8000_8000 | 0, noFlags)
+    pop(first, 1, 3)
+    const next = start()
+    const [chain] = next.recover(0, noFlags).chains
+    next.used(chain!.entry, 3)
+    next.published()
+    for (const id of [2, 3, 4]) expect(pop(next, id, 2)).toBeGreaterThanOrEqual(0)
+    const { chains } = start().recover(0, noFlags)
+    expect(chains.map(({ id, descriptors }) => [id, descriptors.map(({ low, high }) => [low, high])])).toEqual(
+      [2, 3, 4].map((id) => [
+        id,
+        [
+          [id, 0],
+          [id, 1],
+        ],
+      ])
+    )
+  })
+
   test('a region that lost entries or whose free list is in a knot gets a new one', () => {
     for (const spoil of [
       (view: DataView) => view.setUint16(32 + 3 * 32 + 2, 3, true),

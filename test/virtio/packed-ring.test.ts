@@ -177,8 +177,8 @@ describe('indirect descriptors', () => {
     expect(ring.base).toBe(0x8000_8001)
   })
 
-  test('a table of more entries than the ring, and one of 32768', () => {
-    const entries = 32768
+  test('a table of more entries than the ring, and one of 1024', () => {
+    const entries = 1024
     const { ring, driver, data } = packed({ size: 2, data: 16 * entries })
     driver.table(
       data,
@@ -187,6 +187,22 @@ describe('indirect descriptors', () => {
     driver.offer(0, { gpa: data, length: 48, flags: INDIRECT })
     driver.offer(1, { gpa: data, length: 16 * entries, flags: INDIRECT })
     expect([ring.pop()!.count, ring.pop()!.count]).toEqual([3, entries])
+  })
+
+  test('a table of more entries than that breaks the ring, unless the ring has as many', () => {
+    for (const [size, code] of [
+      [2, 'ERR_RING_INDIRECT'],
+      [1025, undefined],
+    ] as const) {
+      const { ring, driver, data } = packed({ size, data: 16 * 1025 })
+      driver.table(
+        data,
+        Array.from({ length: 1025 }, () => ({ gpa: data, length: 1 }))
+      )
+      driver.offer(0, { gpa: data, length: 16 * 1025, flags: INDIRECT })
+      expect(ring.pop()?.count).toBe(code === undefined ? 1025 : undefined)
+      expect(ring.error?.code).toBe(code)
+    }
   })
 
   test('beside chains of plain descriptors', () => {

@@ -246,11 +246,11 @@ const offences: readonly Offence[] = [
   {
     name: 'a chain of 2^32 bytes in an indirect table',
     code: 'ERR_RING_LENGTH',
-    options: { data: 1 << 20 },
+    options: { data: 1 << 22 },
     commit: (ring) =>
       withTable(
         ring,
-        Array.from({ length: 4096 }, () => ({ gpa: ring.data, length: 1 << 20 }))
+        Array.from({ length: 1024 }, () => ({ gpa: ring.data, length: 1 << 22 }))
       ),
   },
   {

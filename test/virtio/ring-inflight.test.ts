@@ -4,6 +4,7 @@
  */
 import { types } from 'node:util'
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
+import { DirtyLog } from '../../src/virtio/dirty-log.ts'
 import { inflightSize, PackedInflight, SplitInflight } from '../../src/virtio/inflight.ts'
 import { GuestMemory } from '../../src/virtio/memory.ts'
 import type { VringConfig } from '../../src/virtio/vring.ts'
@@ -340,6 +341,29 @@ describe('a packed ring and its region', () => {
     ring.push(ring.chain(1), 0, 0)
     ring.publish()
     expect(old.driver.takeUsed().map(({ id }) => id)).toEqual([0, 1])
+  })
+
+  test('what recovery writes to the ring is marked in the first log that it gets', () => {
+    const bytes = newRegion('packed')
+    const old = packed({ inflight: new PackedInflight(bytes, 8) })
+    for (const id of [0, 1]) old.driver.offer(id, { gpa: old.data, length: 1 })
+    for (const _ of [0, 1]) old.ring.pop()
+    for (const id of [0, 1]) old.ring.push(old.ring.chain(id), 0, 0)
+    const bits = new Uint8Array(1024)
+    const log = new DirtyLog(bits)
+    const marked = (address: number) => (bits[address >> 15]! & (1 << ((address >> 12) & 7))) !== 0
+    const ring = makeRing(old.memory, old.config, new PackedInflight(bytes, 8))
+    // A front-end may give the log when the ring runs.
+    ring.setLog(undefined, -1)
+    ring.setLog(log, 0x10_0000)
+    expect([marked(old.config.descriptor), marked(0x10_0000)]).toEqual([true, true])
+    bits.fill(0)
+    ring.setLog(log, 0x10_0000)
+    expect(bits.some((byte) => byte !== 0)).toBe(false)
+    // Nothing was written in place of what was published.
+    const clean = packed({ inflight: new PackedInflight(newRegion('packed'), 8) })
+    clean.ring.setLog(log, 0x10_0000)
+    expect(bits.some((byte) => byte !== 0)).toBe(false)
   })
 })
 

@@ -156,6 +156,40 @@ describe.each(FORMATS)('buffers of a %s ring', (format) => {
     expect([log.marked, driver.takeUsed()]).toEqual([true, [{ id: 0, length: 8 }]])
   })
 
+  test('a chain keeps its own regions alone: a table of all per chain would be gigabytes', () => {
+    const { ring, driver, data, memory, entries } = iommu(format)
+    entries.delete((data - IOVA) / PAGE + 2)
+    ring.setMemory(memory())
+    for (const head of [0, 1, 0]) {
+      driver.offer(
+        head,
+        { gpa: data + 8, length: 8 },
+        { gpa: data + 5 * PAGE - 8, length: 16, flags: WRITE },
+        { gpa: data, length: 4, flags: WRITE }
+      )
+      const chain = ring.pop()!
+      expect(segments(chain)).toEqual([
+        [data + 8, 8],
+        [data + 5 * PAGE - 8, 8],
+        [data + 5 * PAGE, 8],
+        [data, 4],
+      ])
+      expect(chain.first).toBe(chain.regions[chain.region[0]!])
+      expect(chain.regions.length).toBeLessThanOrEqual(4)
+      ring.push(chain, 0, 0)
+      ring.publish()
+      driver.takeUsed()
+      driver.offer(head, { gpa: data + PAGE, length: 8 })
+      const single = ring.pop()!
+      expect(single).toBe(chain)
+      expect(segments(single)).toEqual([[data + PAGE, 8]])
+      expect(single.regions.length).toBe(1)
+      ring.push(single, 0, 0)
+      ring.publish()
+      driver.takeUsed()
+    }
+  })
+
   test('marks are those of guest-physical pages', () => {
     const { ring, driver, data, layout } = iommu(format)
     const bits = new Uint8Array(8192)
@@ -350,6 +384,31 @@ describe.each(FORMATS)('the parts of a %s ring', (format) => {
     for (let head = 0; head < 512; head++) ring.push(ring.pop()!, head, head)
     ring.publish()
     expect(driver.takeUsed()).toHaveLength(512)
+  })
+
+  test('over entries of several messages, whose buffers are objects of their own', () => {
+    const { ring, entries, layout, memory, buffer } = iommu(format, { size: 512 })
+    if (format === 'split') entries.set((layout.descriptor + PAGE) / PAGE, IOTLB_READ)
+    const other = structuredClone(buffer)
+    const regions = memory().regions.map(({ gpa, size, start, physical, access }, i) => ({
+      gpa,
+      size,
+      hva: 0x4000_0000 + start,
+      buffer: i % 2 === 0 ? buffer : other,
+      offset: start,
+      physical,
+      access,
+    }))
+    ring.setMemory(new GuestMemory(regions, true))
+    expect([ring.error, ring.missAddress]).toEqual([undefined, -1])
+    // Another mapping, though, is another piece.
+    ring.setMemory(
+      new GuestMemory(
+        regions.map((region, i) => (i === 1 ? { ...region, hva: region.hva + PAGE } : region)),
+        true
+      )
+    )
+    expect(ring.error?.code).toBe('ERR_RING_SCATTERED')
   })
 
   test('over several pages: the first one that is missing is told', () => {

@@ -269,8 +269,23 @@ describe('indirect descriptors', () => {
     ])
   })
 
-  test('a table of more entries than the ring has, and one of 32768', () => {
-    const entries = 32768
+  test('more buffers in a table than that break the ring, a longer table with fewer does not', () => {
+    for (const used of [1024, 1025]) {
+      const { ring, driver, data } = table(1025)
+      const end = data + 1025 * 16
+      driver.table(
+        data,
+        Array.from({ length: used }, () => ({ gpa: end, length: 1 }))
+      )
+      driver.chain([{ gpa: data, length: 1025 * 16, flags: INDIRECT }])
+      driver.offer(0)
+      expect(ring.pop()?.count).toBe(used === 1024 ? used : undefined)
+      expect(ring.error?.code).toBe(used === 1024 ? undefined : 'ERR_RING_INDIRECT')
+    }
+  })
+
+  test('a table of more entries than the ring has, and one of 1024', () => {
+    const entries = 1024
     const { ring, driver, data } = table(entries)
     const end = data + entries * 16
     driver.chain([
