@@ -30,6 +30,10 @@ function descriptors(): void {
   native.pollIn(event, 0)
   native.close(event)
   native.memfd('x'.repeat(1000), 1, 0)
+  const sealed = fdOf(native.memfd('sealed', 4096, 0), 'memfd')
+  for (const seals of [0, 1 | 2 | 4, 8, 2 ** 30, 2 ** 31 - 1]) native.sealFile(sealed, seals)
+  native.close(sealed)
+  native.sealFile(-1, 1)
   native.gettid()
   native.setThreadName('ünïcödé-näme-löng')
   native.setAffinity(Int32Array.from({ length: 8192 }, (_, i) => i))
@@ -81,6 +85,19 @@ function sockets(): void {
       native.close(event)
     }
   }
+  // To nobody, to a name that is too long, to an abstract one, and to a socket of the wrong kind.
+  for (const to of [
+    '',
+    '@',
+    '@nobody',
+    path,
+    join(directory, 'nowhere'),
+    'x'.repeat(107),
+    `@${'x'.repeat(200)}`,
+    'a\0b',
+  ]) {
+    for (const length of [0, 1, 4096, 300_000]) native.sendDatagram(to, new Uint8Array(length))
+  }
   native.shutdown(client)
   for (const fd of [listener, client, server]) native.close(fd)
   rmSync(path)
@@ -91,6 +108,8 @@ function memory(): void {
   for (let i = 0; i < 50; i++) {
     const { address, buffer } = mapped(fd, 4096, 8192)
     new Uint8Array(buffer).fill(1)
+    native.adviseRandom(address)
+    native.adviseRandom(address + 1)
     if (i % 2 === 0) native.release(address)
     native.faults(address)
     new Uint8Array(allocated(100).buffer).fill(2)

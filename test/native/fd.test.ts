@@ -1,9 +1,10 @@
+import { spawnSync } from 'node:child_process'
 import { closeSync, constants, ftruncateSync, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, describe, expect, it } from 'vitest'
 import { native } from '../../src/native.ts'
-import { EAGAIN, EBADF, EINVAL, EPERM, fdOf, openFds } from './support.ts'
+import { EAGAIN, EBADF, EINVAL, EPERM, EPIPE, fdOf, openFds } from './support.ts'
 
 const directory = mkdtempSync(join(tmpdir(), 'virtiod-fd-'))
 afterAll(() => rmSync(directory, { recursive: true, force: true }))
@@ -190,6 +191,57 @@ describe('memfd', () => {
     expect(out[2]).toBe(2 ** 21)
     expect(native.mapFile(fd, 0, 2 ** 20, 0, 2 ** 20, true)).toBe(-EINVAL)
     native.close(fd)
+  })
+})
+
+describe('readPipe and writePipe', () => {
+  function pipe(): [reader: number, writer: number] {
+    const path = join(directory, 'pipe')
+    rmSync(path, { force: true })
+    spawnSync('mkfifo', [path])
+    const reader = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK)
+    const writer = openSync(path, constants.O_WRONLY)
+    native.setNonblock(reader, false)
+    return [reader, writer]
+  }
+
+  it('never wait, although the pipe is blocking', () => {
+    const before = openFds()
+    const [reader, writer] = pipe()
+    const buffer = new Uint8Array(65536)
+    expect(native.readPipe(reader, buffer)).toBe(-EAGAIN)
+    const bytes = Uint8Array.from({ length: 100_000 }, (_, i) => i * 7)
+    let sent = 0
+    for (let count = 1; count > 0; ) {
+      count = native.writePipe(writer, bytes.subarray(sent))
+      if (count > 0) sent += count
+      else expect(count).toBe(-EAGAIN)
+    }
+    expect(sent).toBeGreaterThan(4096)
+    const seen: number[] = []
+    for (;;) {
+      const count = native.readPipe(reader, buffer)
+      if (count === -EAGAIN) break
+      expect(count).toBeGreaterThan(0)
+      seen.push(...buffer.subarray(0, count))
+    }
+    expect(Buffer.from(seen).equals(Buffer.from(bytes.subarray(0, sent)))).toBe(true)
+    closeSync(writer)
+    expect(native.readPipe(reader, buffer)).toBe(0)
+    closeSync(reader)
+    expect(openFds()).toEqual(before)
+  })
+
+  it('say that nobody reads, and what is no pipe', () => {
+    const [reader, writer] = pipe()
+    closeSync(reader)
+    expect(native.writePipe(writer, new Uint8Array(5))).toBe(-EPIPE)
+    closeSync(writer)
+    expect(native.readPipe(99_999, new Uint8Array(5))).toBe(-EBADF)
+    expect(native.writePipe(99_999, new Uint8Array(5))).toBe(-EBADF)
+    const eventfd = fdOf(native.eventfd(0), 'eventfd')
+    expect(native.readPipe(eventfd, new Uint8Array(5))).toBe(-EINVAL)
+    native.close(eventfd)
   })
 })
 
