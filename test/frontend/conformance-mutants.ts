@@ -1,7 +1,7 @@
 /**
- * virtiod with a fault in it, so that every kind of conformance case is seen to fail: each row replaces one piece of source
- * text while it is loaded (conformance-preload.ts), and says which cases have to notice. Rows of one set run in one process,
- * so their faults must leave what all cases need alone: a session, and a request on a ring.
+ * virtiod with a fault in it, so that every kind of conformance case is seen to fail: each row replaces one piece of
+ * source text while it is loaded (conformance-preload.ts), and says which cases have to notice. Rows of one set run in
+ * one process, so their faults must leave what all cases need alone: a session, and a request on a ring.
  *
  * A row whose text is not found any more fails the test that is for it: give it a text that is there.
  */

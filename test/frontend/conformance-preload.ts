@@ -1,6 +1,6 @@
 /**
- * `node --import`ed into virtiod: puts the faults of one set of conformance-mutants.ts into the sources as they are loaded, in
- * the main thread and in its workers. MUTANTS names the set.
+ * `node --import`ed into virtiod: puts the faults of one set of conformance-mutants.ts into the sources as they are
+ * loaded, in the main thread and in its workers. MUTANTS names the set.
  */
 import { registerHooks } from 'node:module'
 import { join } from 'node:path'

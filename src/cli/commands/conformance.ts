@@ -47,12 +47,13 @@ const conformanceOptions = v.strictObject({
 export const conformanceCommand: Command = {
   name: 'conformance',
   description:
-    'Check a vhost-user-blk or vhost-user-net back-end (virtiod, qemu-storage-daemon, SPDK, DPDK, rust-vmm or any other) ' +
-    'against the specifications, through its socket: a line per case with what was seen, and where it is written what ' +
-    'should have been. A MUST that does not hold is FAIL, a SHOULD is WARN, what is not offered is skipped. Some cases ' +
-    'try to break the back-end; when it dies, that is an ERROR of the case, and the suite waits a moment for somebody to ' +
-    'start it again. Exit code 0 when every MUST holds, 1 when one does not. No case writes to the disk without ' +
-    '--destructive; with it the last MiB of the disk is overwritten.',
+    'Check a vhost-user-blk or vhost-user-net back-end (virtiod, qemu-storage-daemon, SPDK, DPDK, rust-vmm or ' +
+    'any other) against the specifications, through its socket: a line per case with what was seen, and where ' +
+    'it is written what should have been. A MUST that does not hold is FAIL, a SHOULD is WARN, what is not ' +
+    'offered is skipped. Some cases try to break the back-end; when it dies, that is an ERROR of the case, and ' +
+    'the suite waits a moment for somebody to start it again. Exit code 0 when every MUST holds, 1 when one ' +
+    'does not. No case writes to the disk without --destructive; with it the last MiB of the disk is ' +
+    'overwritten.',
   usage: ['SOCKET [options]', '--list'],
   positionals: [{ name: 'SOCKET', description: 'the unix socket of a vhost-user back-end', optional: true }],
   scopes: [{ title: 'Options', table: conformanceOptions }],

@@ -1,4 +1,7 @@
-/** Cases about virtio-blk: what requests come to, what is refused and how, what the config space says. */
+/**
+ * Cases about virtio-blk that write nothing: what requests come to, what is refused and how, what the config space
+ * says.
+ */
 import { VHOST_USER_PROTOCOL_F_CONFIG } from '../../vhost-user/wire.ts'
 import {
   VIRTIO_BLK_F_BLK_SIZE,
@@ -15,7 +18,6 @@ import {
   VIRTIO_BLK_ID_BYTES,
   VIRTIO_BLK_S_IOERR,
   VIRTIO_BLK_S_OK,
-  VIRTIO_BLK_S_UNSUPP,
   VIRTIO_BLK_T_DISCARD,
   VIRTIO_BLK_T_FLUSH,
   VIRTIO_BLK_T_GET_ID,
@@ -25,64 +27,20 @@ import {
   VIRTIO_BLK_T_SECURE_ERASE,
   VIRTIO_BLK_T_WRITE_ZEROES,
 } from '../../virtio/blk.ts'
-import type { BlkDriver, BlkRequest } from '../blk.ts'
 import { rangeBytes, STATUS_UNTOUCHED, statusName, writeHeader } from '../blk.ts'
+import {
+  blkCase,
+  DEVICE,
+  type Disk,
+  expectStatus,
+  FAILED,
+  NOTHING,
+  OK,
+  OPERATION,
+  UNSUPP,
+  WILD_SECTORS,
+} from './blk-disk.ts'
 import { applicable, type ConformanceCase, expect, expectBytes, expectEqual } from './case.ts'
-import type { Context } from './context.ts'
-import type { BlkFacts } from './facts.ts'
-import type { Ring } from './guest.ts'
-
-const NOTHING = new Uint8Array(0)
-const OPERATION = 'virtio 1.3 §5.2.6'
-const DEVICE = 'virtio 1.3 §5.2.6.2'
-/** Bytes at the end of the disk that destructive cases overwrite. */
-const AREA = 2 ** 20
-
-interface Disk extends BlkFacts {
-  readonly ring: Ring
-  readonly requests: BlkDriver
-  /** First sector and bytes of the area at the end. */
-  readonly area: { readonly sector: number; readonly bytes: number }
-}
-
-function disk(context: Context): Disk {
-  const facts = context.facts.blk as BlkFacts
-  const { ring } = context.running()
-  const { blockSize, capacity } = facts
-  const blocks = Math.floor(Math.min(AREA, (capacity * 512) / 2) / blockSize)
-  const end = Math.floor((capacity * 512) / blockSize)
-  const area = { sector: ((end - blocks) * blockSize) / 512, bytes: blocks * blockSize }
-  return { ...facts, ring, requests: ring.requests, area }
-}
-
-/** @throws Violation unless the status is one of `allowed` */
-function expectStatus(request: BlkRequest, allowed: readonly number[], what: string): void {
-  const seen = statusName(request.status)
-  expect(allowed.includes(request.status), `${what}: status ${allowed.map(statusName).join(' or ')}`, seen)
-}
-
-const OK = [VIRTIO_BLK_S_OK]
-const UNSUPP = [VIRTIO_BLK_S_UNSUPP]
-const FAILED = [VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP]
-
-function blkCase(
-  one: Pick<ConformanceCase, 'id' | 'level' | 'rule' | 'cites'> & Partial<ConformanceCase>,
-  run: (disk: Disk, context: Context) => string
-): ConformanceCase {
-  const needs = { device: 'blk', ...one.needs } as const
-  return { group: 'blk', ...one, needs, run: (context) => run(disk(context), context) }
-}
-
-/** Random bytes, the same for the same seed. */
-function bytesOf(seed: number, length: number): Uint8Array {
-  const out = new Uint8Array(length)
-  let state = seed | 1
-  for (let i = 0; i < length; i++) {
-    state = (Math.imul(state, 1664525) + 1013904223) | 0
-    out[i] = state >>> 24
-  }
-  return out
-}
 
 /** A chain that is no request; the driver must not make it, and the device has nowhere to say so but the used ring. */
 function expectReturned({ ring, requests }: Disk, readable: Uint8Array, cuts: number[], writable: number[]): string {
@@ -98,18 +56,6 @@ function header(type: number, sector = 0): Uint8Array {
   writeHeader(bytes, type, sector)
   return bytes
 }
-
-/** First sectors that lie beyond every disk, or where the arithmetic overflows in 32 or 64 bits. */
-const WILD_SECTORS = [
-  2n ** 64n - 1n,
-  2n ** 63n,
-  2n ** 63n - 1n,
-  2n ** 56n,
-  2n ** 55n,
-  2n ** 55n - 1n,
-  2n ** 54n,
-  2n ** 48n,
-]
 
 const configCases: readonly ConformanceCase[] = [
   blkCase(
@@ -475,186 +421,4 @@ const requestCases: readonly ConformanceCase[] = [
   ),
 ]
 
-const writing = { destructive: true } as const
-
-const writeCases: readonly ConformanceCase[] = [
-  blkCase(
-    {
-      id: 'blk-write',
-      ...writing,
-      level: 'MUST',
-      rule: 'reads back what was written, and nothing beside it',
-      cites: OPERATION,
-    },
-    ({ requests, area, blockSize, readOnly }) => {
-      applicable(!readOnly, 'the disk is read-only')
-      const model = bytesOf(1, Math.min(area.bytes, 65536))
-      requests.write(area.sector, model)
-      for (const [at, blocks] of [
-        [1, 1],
-        [3, 4],
-        [0, 2],
-      ] as const) {
-        const data = bytesOf(at + 10, Math.min(blocks * blockSize, model.length - at * blockSize))
-        if (data.length <= 0) continue
-        requests.write(area.sector + (at * blockSize) / 512, data)
-        model.set(data, at * blockSize)
-      }
-      expectBytes('the area', requests.read(area.sector, model.length), model)
-      return `${model.length} bytes`
-    }
-  ),
-  blkCase(
-    {
-      id: 'blk-write-framing',
-      ...writing,
-      level: 'MUST',
-      rule: 'writes the same however the data is cut into descriptors',
-      cites: 'virtio 1.3 §2.7.4.1',
-    },
-    ({ requests, area, blockSize, readOnly }) => {
-      applicable(!readOnly, 'the disk is read-only')
-      for (const [round, cuts] of [
-        [16 + blockSize],
-        [7, 9 + blockSize],
-        [16, 1, blockSize - 2, 1],
-        [17, blockSize - 1],
-      ].entries()) {
-        const data = bytesOf(round + 30, blockSize)
-        expectStatus(
-          requests.run(VIRTIO_BLK_T_OUT, area.sector, data, 0, { readable: cuts }),
-          OK,
-          `a write cut ${cuts}`
-        )
-        expectBytes(`what was written cut ${cuts}`, requests.read(area.sector, blockSize), data)
-      }
-      return '4 framings'
-    }
-  ),
-  blkCase(
-    {
-      id: 'blk-write-beyond-end',
-      ...writing,
-      level: 'MUST',
-      rule: 'answers writes beyond its capacity with IOERR and writes nothing of them',
-      cites: `${OPERATION}, §5.2.6.1`,
-    },
-    ({ requests, blockSize, capacity, firstBlock, readOnly }) => {
-      applicable(!readOnly, 'the disk is read-only')
-      const IOERR = [VIRTIO_BLK_S_IOERR]
-      const last = requests.read(capacity - blockSize / 512, blockSize)
-      const data = bytesOf(50, 2 * blockSize)
-      const across = requests.run(VIRTIO_BLK_T_OUT, capacity - blockSize / 512, data, 0)
-      expectStatus(across, IOERR, 'the last block and the one after it')
-      for (const sector of [BigInt(capacity), ...WILD_SECTORS])
-        expectStatus(requests.run(VIRTIO_BLK_T_OUT, sector, data, 0), IOERR, `sector ${sector}`)
-      expectBytes('the first block', requests.read(0, blockSize), firstBlock)
-      expectBytes('the last block', requests.read(capacity - blockSize / 512, blockSize), last)
-      return 'refused, and nothing changed'
-    }
-  ),
-  blkCase(
-    {
-      id: 'blk-write-zeroes',
-      ...writing,
-      level: 'MUST',
-      rule: 'reads zeroes in the ranges of a completed WRITE_ZEROES, with and without unmap, and all else as before',
-      cites: DEVICE,
-      needs: { features: [VIRTIO_BLK_F_WRITE_ZEROES] },
-    },
-    ({ requests, area, blockSize, config }) => {
-      const bytes = Math.min(area.bytes, 64 * blockSize)
-      const perBlock = blockSize / 512
-      for (const flags of config.writeZeroes?.mayUnmap === true ? [0, 1] : [0]) {
-        const model = bytesOf(60 + flags, bytes)
-        requests.write(area.sector, model)
-        const range = { sector: area.sector + perBlock, sectors: 3 * perBlock, flags }
-        const done = requests.run(VIRTIO_BLK_T_WRITE_ZEROES, 0, rangeBytes([range]), 0)
-        expectStatus(done, OK, `WRITE_ZEROES with flags ${flags}`)
-        model.fill(0, blockSize, 4 * blockSize)
-        expectBytes('the area afterwards', requests.read(area.sector, bytes), model)
-      }
-      return 'zeroes'
-    }
-  ),
-  blkCase(
-    {
-      id: 'blk-discard',
-      ...writing,
-      level: 'MUST',
-      rule: 'leaves everything outside the range of a DISCARD as it was',
-      cites: DEVICE,
-      needs: { features: [VIRTIO_BLK_F_DISCARD] },
-    },
-    ({ requests, area, blockSize }) => {
-      const bytes = Math.min(area.bytes, 64 * blockSize)
-      const perBlock = blockSize / 512
-      const model = bytesOf(70, bytes)
-      requests.write(area.sector, model)
-      const range = { sector: area.sector + 8 * perBlock, sectors: 8 * perBlock }
-      expectStatus(requests.run(VIRTIO_BLK_T_DISCARD, 0, rangeBytes([range]), 0), OK, 'DISCARD')
-      const after = requests.read(area.sector, bytes)
-      model.set(after.subarray(8 * blockSize, 16 * blockSize), 8 * blockSize)
-      expectBytes('the area around it', after, model)
-      return `${8 * blockSize} bytes discarded`
-    }
-  ),
-  ...(
-    [
-      ['discard', VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_F_DISCARD, [1, 2, 0x8000_0000], 'and of "unmap"'],
-      ['write-zeroes', VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_F_WRITE_ZEROES, [2, 0x8000_0000], 'other than "unmap"'],
-    ] as const
-  ).map(([word, type, feature, flags, which]) =>
-    blkCase(
-      {
-        id: `blk-${word}-flags`,
-        ...writing,
-        level: 'MUST',
-        rule: `answers ${word.toUpperCase().replace('-', '_')} with UNSUPP when a flag is set that is unknown, ${which}`,
-        cites: DEVICE,
-        needs: { features: [feature] },
-      },
-      ({ requests, area, blockSize }) => {
-        for (const value of flags) {
-          const range = { sector: area.sector, sectors: blockSize / 512, flags: value }
-          expectStatus(requests.run(type, 0, rangeBytes([range]), 0), UNSUPP, `flags 0x${value.toString(16)}`)
-        }
-        return `UNSUPP for flags ${flags.map((value) => `0x${value.toString(16)}`).join(', ')}`
-      }
-    )
-  ),
-  ...(
-    [
-      ['discard', VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_F_DISCARD],
-      ['write-zeroes', VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_F_WRITE_ZEROES],
-    ] as const
-  ).map(([word, type, feature]) =>
-    blkCase(
-      {
-        id: `blk-${word}-limits`,
-        ...writing,
-        level: 'SHOULD',
-        rule: `refuses ${word.toUpperCase().replace('-', '_')} beyond the disk, of more ranges than the limit, and of part of a range`,
-        cites: 'virtio 1.3 §5.2.6.1 (the driver MUST NOT)',
-        needs: { features: [feature] },
-      },
-      ({ requests, area, blockSize, capacity, config }) => {
-        const limits = word === 'discard' ? config.discard : config.writeZeroes
-        const sectors = blockSize / 512
-        const run = (bytes: Uint8Array): BlkRequest => requests.run(type, 0, bytes, 0)
-        for (const sector of [BigInt(capacity), 2n ** 63n, 2n ** 55n, 2n ** 64n - 1n])
-          expectStatus(run(rangeBytes([{ sector, sectors }])), FAILED, `sector ${sector}`)
-        const partial = rangeBytes([{ sector: area.sector, sectors }]).subarray(0, 12)
-        expectStatus(run(partial), FAILED, '12 bytes of a range')
-        const most = limits?.maxSegments ?? 0
-        if (most > 0 && most < 1000) {
-          const many = new Array(most + 1).fill({ sector: area.sector, sectors })
-          expectStatus(run(rangeBytes(many)), FAILED, `${most + 1} ranges where ${most} are allowed`)
-        }
-        return 'refused'
-      }
-    )
-  ),
-]
-
-export const blkCases: readonly ConformanceCase[] = [...configCases, ...requestCases, ...writeCases]
+export const blkCases: readonly ConformanceCase[] = [...configCases, ...requestCases]

@@ -1,12 +1,14 @@
 /**
- * What a conformance case is: a rule of a specification, where it stands, how binding it is, what a back-end must offer for it
- * to apply, and a function that tries it. It owns the words for outcomes. It must not know which cases exist, or how they run.
+ * What a conformance case is: a rule of a specification, where it stands, how binding it is, what a back-end must offer
+ * for it to apply, and a function that tries it. It owns the words for outcomes. It must not know which cases exist, or
+ * how they run.
  */
 import type { Context } from './context.ts'
 
 /**
- * As the specification's own words are. `MUST` also stands for what it says as plain fact ("stops the vring and returns …").
- * `MAY` marks what a back-end is free to do: such a case says what was seen and can only fail by breaking the back-end.
+ * As the specification's own words are. `MUST` also stands for what it says as plain fact ("stops the vring and returns
+ * …"). `MAY` marks what a back-end is free to do: such a case says what was seen and can only fail by breaking the
+ * back-end.
  */
 export type Level = 'MUST' | 'SHOULD' | 'MAY'
 
@@ -66,7 +68,10 @@ export interface ConformanceCase {
   run(context: Context): string
 }
 
-/** pass; fail (MUST) or warn (SHOULD); skip with its reason; error: the back-end died or hung, or the suite itself failed. */
+/**
+ * pass; fail (MUST) or warn (SHOULD); skip with its reason; error: the back-end died or hung, or the suite itself
+ * failed.
+ */
 export type Outcome = 'pass' | 'fail' | 'warn' | 'skip' | 'error'
 
 export interface CaseResult {

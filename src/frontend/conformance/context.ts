@@ -1,6 +1,7 @@
 /**
- * What a case works with: the facts, fresh connections and guests that are closed behind it, and the questions that many cases
- * ask: how was this taken, does that ring still work, did an fd stay behind. It must not know which cases exist.
+ * What a case works with: the facts, fresh connections and guests that are closed behind it, and the questions that
+ * many cases ask: how was this taken, does that ring still work, did an fd stay behind. It must not know which cases
+ * exist.
  */
 import { VHOST_USER_F_PROTOCOL_FEATURES } from '../../virtio/constants.ts'
 import { hasFeature } from '../../virtio/features.ts'

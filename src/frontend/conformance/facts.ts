@@ -1,6 +1,6 @@
 /**
- * What one look at a back-end tells: what it offers, what its disk or network card is like, which process it is. It owns the
- * first session of a run. It must not know cases.
+ * What one look at a back-end tells: what it offers, what its disk or network card is like, which process it is. It
+ * owns the first session of a run. It must not know cases.
  */
 import { readdirSync } from 'node:fs'
 import { VHOST_USER_PROTOCOL_F_CONFIG } from '../../vhost-user/wire.ts'

@@ -1,6 +1,6 @@
 /**
- * The pretended guest of a case: one session and its rings, in steps small enough to take them in any order. It owns the
- * session and the rings' memory. It must not know what a case expects.
+ * The pretended guest of a case: one session and its rings, in steps small enough to take them in any order. It owns
+ * the session and the rings' memory. It must not know what a case expects.
  */
 import {
   VHOST_USER_BACKEND_VRING_CALL,

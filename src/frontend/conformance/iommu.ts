@@ -103,7 +103,7 @@ export const iommuCases: readonly ConformanceCase[] = [
     id: 'iommu-invalidate',
     group: 'iommu',
     level: 'MUST',
-    rule: 'no longer uses a translation when its invalidation is acknowledged: a request goes where the address leads now',
+    rule: 'no longer uses a translation whose invalidation it acknowledged',
     cites: `${IOMMU} (invalidation)`,
     needs: blkNeeds,
     run: (context) => {

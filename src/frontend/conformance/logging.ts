@@ -147,7 +147,7 @@ export const loggingCases: readonly ConformanceCase[] = [
     id: 'log-precise',
     group: 'logging',
     level: 'SHOULD',
-    rule: 'marks nothing but what it writes to: not what it only reads, and not the used ring without VHOST_VRING_F_LOG',
+    rule: 'marks only what it writes to: not what it reads, and not the used ring without VHOST_VRING_F_LOG',
     cites: MIGRATION,
     needs,
     run: (context) =>
@@ -325,7 +325,7 @@ export const loggingCases: readonly ConformanceCase[] = [
     id: 'log-too-small',
     group: 'logging',
     level: 'SHOULD',
-    rule: 'does not log beyond a log that is too small for the guest’s memory: it refuses it, or leaves those pages out',
+    rule: 'does not log beyond a log that is too small for the guest’s memory: it refuses it, or leaves pages out',
     cites: `${MIGRATION} ("The size of the log … should be large enough to cover all known guest addresses")`,
     needs: { ...needs, protocol: [VHOST_USER_PROTOCOL_F_LOG_SHMFD, VHOST_USER_PROTOCOL_F_REPLY_ACK] },
     run: (context) =>

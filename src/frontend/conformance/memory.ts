@@ -76,7 +76,7 @@ export const memoryCases: readonly ConformanceCase[] = [
     id: 'mem-table',
     group: 'memory',
     level: 'MUST',
-    rule: 'takes its memory by SET_MEM_TABLE: guest address, user address, file offset and size each mean what they say',
+    rule: 'takes its memory by SET_MEM_TABLE: guest and user address, file offset and size mean what they say',
     cites: 'vhost-user.rst "Memory region description", "VHOST_USER_SET_MEM_TABLE"',
     run: (context) => {
       const guest = tableGuest(context)
@@ -115,7 +115,7 @@ export const memoryCases: readonly ConformanceCase[] = [
     id: 'mem-user-addresses',
     group: 'memory',
     level: 'MUST',
-    rule: 'takes the addresses of rings for user addresses and those in descriptors for guest addresses, where these cross',
+    rule: 'takes the addresses of rings for user addresses and those in descriptors for guest addresses',
     cites: 'vhost-user.rst "Memory access", "A vring address description"',
     run: (context) => {
       // Whoever mixes them up finds memory all the same, and it is the wrong one.
@@ -421,6 +421,23 @@ export const memoryCases: readonly ConformanceCase[] = [
     },
   },
   {
+    id: 'mem-fd-too-many',
+    group: 'memory',
+    level: 'SHOULD',
+    rule: 'refuses SET_MEM_TABLE with more file descriptors than regions',
+    cites: 'vhost-user.rst "VHOST_USER_SET_MEM_TABLE" ("The size and ordering of the fds matches the number …")',
+    needs: { protocol: [VHOST_USER_PROTOCOL_F_REPLY_ACK] },
+    run: (context) => {
+      const memory = context.memory(layouts.single(4 * MIB))
+      const { connection } = context.guest({ memory: [], withoutProtocolFeatures: [SLOTS] })
+      const { fd } = memory.region(0)
+      const payload = tableOf([wireRegion(memory.region(0))], 1)
+      return context.expectRefusal(connection, 'one region with three fds', () =>
+        connection.command(VHOST_USER_SET_MEM_TABLE, payload, [fd, fd, fd])
+      )
+    },
+  },
+  {
     id: 'mem-fd-missing',
     group: 'memory',
     level: 'MUST',
@@ -450,7 +467,7 @@ export const memoryCases: readonly ConformanceCase[] = [
         const payload = regionOf(region)
         context.answer(connection, () => connection.command(VHOST_USER_REM_MEM_REG, payload, [region.fd]))
       })
-      // Whether it takes the message at all is its choice ("the back-end MAY accept"); nothing of it may stay either way.
+      // Whether it takes the message is its choice ("the back-end MAY accept"); nothing of it may stay either way.
       return seen
     },
   },

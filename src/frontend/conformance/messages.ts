@@ -1,4 +1,7 @@
-/** Messages by hand: headers that say anything, payloads of any size. For the cases about framing. It must not know sessions. */
+/**
+ * Messages by hand: headers that say anything, payloads of any size. For the cases about framing. It must not know
+ * sessions.
+ */
 import {
   HEADER_SIZE,
   requestName,

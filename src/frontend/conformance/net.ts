@@ -230,7 +230,7 @@ const inCases: readonly ConformanceCase[] = [
   netCase({
     id: 'net-receive-mergeable',
     level: 'MUST',
-    rule: 'spreads a packet over as many buffers as num_buffers says, all but the last one full, and uses them together',
+    rule: 'spreads a packet over num_buffers buffers, all but the last one full, and uses them together',
     cites: PACKETS_IN,
     needs: { ...wire, features: [net.VIRTIO_NET_F_MRG_RXBUF] },
     run: (context) => {
@@ -351,8 +351,8 @@ const inCases: readonly ConformanceCase[] = [
 ]
 
 /**
- * QEMU keeps the control queue to itself, and network back-ends offer its features for QEMU's sake (DPDK does). Who has a
- * config space, too, is a whole device.
+ * QEMU keeps the control queue to itself, and network back-ends offer its features for QEMU's sake (DPDK does). Who has
+ * a config space, too, is a whole device.
  */
 const control = { protocol: [VHOST_USER_PROTOCOL_F_CONFIG] } as const
 

@@ -259,7 +259,7 @@ export const notificationCases: readonly ConformanceCase[] = [
     id: 'call-packed-driver-event',
     group: 'notifications',
     level: 'MUST',
-    rule: 'calls when it uses the descriptor that the driver’s event suppression structure names, on both sides of the wrap',
+    rule: 'calls when it uses the descriptor that the driver’s event suppression structure names',
     cites: 'virtio 1.3 §2.8.10',
     needs: { features: [VIRTIO_F_RING_PACKED, VIRTIO_F_EVENT_IDX] },
     run: (context) => {
@@ -340,6 +340,32 @@ export const notificationCases: readonly ConformanceCase[] = [
     run: (context) => {
       const { ring } = context.running({ inband: true }, { mode: 'irq' })
       return pingPong(context, ring, 50, () => 0)
+    },
+  },
+  {
+    id: 'inband-err',
+    group: 'notifications',
+    level: 'SHOULD',
+    rule: 'tells by VRING_ERR of a broken ring that has no err eventfd',
+    cites: 'vhost-user.rst "VHOST_USER_BACKEND_VRING_ERR"',
+    needs: {
+      protocol: [
+        VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+        VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+        VHOST_USER_PROTOCOL_F_REPLY_ACK,
+      ],
+    },
+    run: (context) => {
+      const { guest, ring } = context.running({ inband: true })
+      ring.run()
+      // A head beyond the ring.
+      ring.split.issueRaw(ring.queue.size)
+      ring.split.publishRaw(ring.split.availableIndex)
+      for (const deadline = performance.now() + 500; performance.now() < deadline; sleepMs(5)) {
+        if (ring.queue.broken()) return 'told'
+        if (guest.connection.channel.hungUp()) throw new Violation('VRING_ERR', 'the whole session is ended')
+      }
+      throw new Violation('VRING_ERR', 'none in 500 ms')
     },
   },
   {

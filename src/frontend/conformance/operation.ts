@@ -1,6 +1,7 @@
 /**
- * One thing that any device of a kind does when it is asked on a ring, so that the cases about rings need not know disks from
- * network cards: a disk reads its first block, a network card transmits a frame. Pure; it must not know rings.
+ * One thing that any device of a kind does when it is asked on a ring, so that the cases about rings need not know
+ * disks from network cards: a disk reads its first block, a network card transmits a frame. Pure; it must not know
+ * rings.
  */
 import {
   VIRTIO_BLK_HEADER_SIZE,
@@ -23,7 +24,10 @@ export interface Operation {
   check(done: BlkRequest, what: string): void
 }
 
-/** Reads from the start of the disk. @param length bytes, of whole blocks @param expected what is there, when it is known */
+/**
+ * Reads from the start of the disk. @param length bytes, of whole blocks @param expected what is there, when it is
+ * known
+ */
 export function diskRead(length: number, expected?: Uint8Array): Operation {
   const readable = new Uint8Array(VIRTIO_BLK_HEADER_SIZE)
   writeHeader(readable, VIRTIO_BLK_T_IN, 0)
@@ -71,7 +75,9 @@ export function diskFlush(): Operation {
 const FRAME_TYPE = 0x88b5
 const FRAME_BYTES = 60
 
-/** A frame with a number in it. @param length at least 18 @param broadcast to everybody, so that nobody filters it out */
+/**
+ * A frame with a number in it. @param length at least 18 @param broadcast to everybody, so that nobody filters it out
+ */
 export function testFrame(number: number, length = FRAME_BYTES, broadcast = false): Uint8Array {
   const frame = new Uint8Array(length)
   frame.set([0x02, 0x00, 0x5e, 0x99, 0x00, 0x02, 0x02, 0x00, 0x5e, 0x99, 0x00, 0x01])

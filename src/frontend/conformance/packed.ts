@@ -16,7 +16,7 @@ import { type ConformanceCase, expect, expectEqual } from './case.ts'
 import type { Context, GuestOptions } from './context.ts'
 import type { Guest, Ring } from './guest.ts'
 import { chainLength, framings, placed } from './shapes.ts'
-import { drainCases } from './vrings.ts'
+import { drainCases } from './vring-stops.ts'
 
 const needs = { features: [VIRTIO_F_RING_PACKED] }
 const indirectNeeds = { features: [VIRTIO_F_RING_PACKED, VIRTIO_F_INDIRECT_DESC] }

@@ -1,9 +1,11 @@
 /** Cases about messages: how they are cut, what is answered to what, and that the stream stays in step. */
+import { native } from '../../native.ts'
 import * as wire from '../../vhost-user/wire.ts'
-import { VIRTIO_F_VERSION_1 } from '../../virtio/constants.ts'
+import { VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1 } from '../../virtio/constants.ts'
 import { featureSet } from '../../virtio/features.ts'
 import { type Connection, payload64, vringState } from '../connection.ts'
 import { FrontendError } from '../errors.ts'
+import { InflightArea } from '../inflight.ts'
 import { layouts } from '../memory.ts'
 import { wireRegion } from '../session.ts'
 import { type ConformanceCase, expect, expectEqual } from './case.ts'
@@ -35,8 +37,8 @@ function expectInStep(context: Context, connection: Connection, after: string): 
 }
 
 /**
- * Sends a malformed message with NEED_REPLY where that is meaningful: a reply other than 0 or the end of the connection is a
- * refusal; silence shows that the back-end waits for more or ignored it.
+ * Sends a malformed message with NEED_REPLY where that is meaningful: a reply other than 0 or the end of the connection
+ * is a refusal; silence shows that the back-end waits for more or ignored it.
  */
 function answerTo(connection: Connection, message: RawMessage, waitMs = 300): Answer | 'no answer' {
   try {
@@ -404,6 +406,21 @@ const err = (ring: Ring): void => ring.err()
 const enable = (ring: Ring): void => ring.enable()
 const RING_STEPS = [num, base, address, kick, call, err, enable]
 
+/** A request that stands for itself: its protocol feature is negotiated, and the features are set. */
+function plainStep(gate: number, send: (connection: Connection) => void): Step {
+  return {
+    gate,
+    take: (context, ask) => {
+      const connection = context.connect()
+      connection.setProtocolFeatures(featureSet(VHOST_USER_PROTOCOL_F_REPLY_ACK, gate))
+      connection.ackMode = 'none'
+      connection.setOwner()
+      connection.setFeatures(context.facts.features & featureSet(VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES))
+      ask(connection, () => send(connection))
+    },
+  }
+}
+
 /** A second region comes, and goes again. */
 function regionStep(chosen: 'add' | 'remove'): Step {
   return {
@@ -436,18 +453,27 @@ const STEPS: Readonly<Record<string, Step>> = {
       ask(connection, () => connection.setFeatures(session.features))
     },
   },
-  SET_BACKEND_REQ_FD: {
-    gate: wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
-    take: (context, ask) => {
-      const connection = context.connect()
-      connection.setProtocolFeatures(
-        featureSet(VHOST_USER_PROTOCOL_F_REPLY_ACK, wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ)
-      )
-      connection.ackMode = 'none'
-      connection.setOwner()
-      ask(connection, () => connection.setBackendRequestFd())
-    },
-  },
+  SET_BACKEND_REQ_FD: plainStep(wire.VHOST_USER_PROTOCOL_F_BACKEND_REQ, (connection) =>
+    connection.setBackendRequestFd()
+  ),
+  SET_STATUS: plainStep(wire.VHOST_USER_PROTOCOL_F_STATUS, (connection) => connection.setStatus(1)),
+  RESET_DEVICE: plainStep(wire.VHOST_USER_PROTOCOL_F_RESET_DEVICE, (connection) => connection.resetDevice()),
+  SET_LOG_FD: plainStep(wire.VHOST_USER_PROTOCOL_F_LOG_SHMFD, (connection) => {
+    const fd = native.eventfd(0)
+    try {
+      connection.setLogFd(fd)
+    } finally {
+      native.close(fd)
+    }
+  }),
+  SET_INFLIGHT_FD: plainStep(wire.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, (connection) => {
+    const area = InflightArea.create(1, 64, false)
+    try {
+      area.share(connection)
+    } finally {
+      area.close()
+    }
+  }),
   SET_MEM_TABLE: {
     take: (context, ask) => {
       const { connection, memory } = silentGuest(context, [wire.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS])

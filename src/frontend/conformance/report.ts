@@ -1,4 +1,7 @@
-/** The words of a conformance run, for people: a line per case, a summary, the table of all cases. It must not run anything. */
+/**
+ * The words of a conformance run, for people: a line per case, a summary, the table of all cases. It must not run
+ * anything.
+ */
 import type { CaseResult, ConformanceCase, Needs } from './case.ts'
 import { GROUPS } from './case.ts'
 import { type ConformanceResult, featureName, protocolName, select } from './run.ts'
@@ -26,8 +29,9 @@ export function formatSummary(result: ConformanceResult): string {
       ? 'every MUST that applies holds'
       : 'not every MUST that applies holds'
   return [
-    `${backend}, ${device === 'blk' ? 'virtio-blk' : 'virtio-net'}, features ${result.features}, protocol features ${result.protocolFeatures}`,
-    `${counts.pass} passed, ${counts.fail} failed, ${counts.warn} warnings, ${counts.error} errors, ${counts.skip} skipped: ${verdict}`,
+    `${backend}, virtio-${device}, features ${result.features}, protocol features ${result.protocolFeatures}`,
+    `${counts.pass} passed, ${counts.fail} failed, ${counts.warn} warnings, ${counts.error} errors, ` +
+      `${counts.skip} skipped: ${verdict}`,
   ].join('\n')
 }
 

@@ -1,7 +1,7 @@
 /**
- * Cases about what no honest front-end or guest does: the back-end lives, breaks no more than it has to, and nothing stays
- * behind. The specifications forbid these things to the driver and say little of what the device then does, so they are
- * SHOULDs; that the back-end dies is always an error.
+ * Cases about what no honest front-end or guest does: the back-end lives, breaks no more than it has to, and nothing
+ * stays behind. The specifications forbid these things to the driver and say little of what the device then does, so
+ * they are SHOULDs; that the back-end dies is always an error.
  */
 import { ftruncateSync } from 'node:fs'
 import { native } from '../../native.ts'
@@ -407,7 +407,7 @@ const loadCases: readonly ConformanceCase[] = [
     },
   },
   {
-    id: 'reconnects',
+    id: 'reconnects-200',
     group: 'robustness',
     level: 'SHOULD',
     rule: 'serves its two hundredth session like its first one',

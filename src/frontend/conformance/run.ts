@@ -1,6 +1,6 @@
 /**
- * Runs cases against a socket and decides what came of each. It owns the order, the outcomes and the look at the back-end after
- * every case: a death or a hang belongs to the case that was running. It must not know the command line.
+ * Runs cases against a socket and decides what came of each. It owns the order, the outcomes and the look at the
+ * back-end after every case: a death or a hang belongs to the case that was running. It must not know the command line.
  */
 import { readFileSync } from 'node:fs'
 import { setImmediate, setTimeout } from 'node:timers/promises'
@@ -18,9 +18,9 @@ import { discover, type Facts } from './facts.ts'
 export interface ConformanceOptions {
   /** Default `auto`: what the features say. */
   readonly type?: 'blk' | 'net' | 'auto'
-  /** Only these cases. */
+  /** Only these cases, and those of `groups`. */
   readonly ids?: readonly string[]
-  /** Only cases of these groups. */
+  /** Only cases of these groups, and those of `ids`. */
   readonly groups?: readonly Group[]
   /** Also cases that change the disk or the device's settings. Default false. */
   readonly destructive?: boolean
@@ -85,12 +85,12 @@ export async function conformance(socketPath: string, options: ConformanceOption
   }
 }
 
-/** The cases that are asked for, in the order of the groups. */
-export function select({ ids, groups, cases = CASES }: ConformanceOptions): ConformanceCase[] {
+/** The cases that are asked for, by name or by group, in the order of the groups. */
+export function select({ ids = [], groups = [], cases = CASES }: ConformanceOptions): ConformanceCase[] {
   const order = Object.keys(GROUPS)
+  const all = ids.length === 0 && groups.length === 0
   return cases
-    .filter((one) => ids === undefined || ids.length === 0 || ids.includes(one.id))
-    .filter((one) => groups === undefined || groups.length === 0 || groups.includes(one.group))
+    .filter((one) => all || ids.includes(one.id) || groups.includes(one.group))
     .toSorted((a, b) => order.indexOf(a.group) - order.indexOf(b.group))
 }
 

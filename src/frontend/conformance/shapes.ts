@@ -1,6 +1,6 @@
 /**
- * A request laid out in guest memory by hand, with untouched bytes around it, and the ways in which a request may be cut into
- * descriptors. For cases that write descriptors themselves. It must not know the ring's format.
+ * A request laid out in guest memory by hand, with untouched bytes around it, and the ways in which a request may be
+ * cut into descriptors. For cases that write descriptors themselves. It must not know the ring's format.
  */
 import type { BlkRequest, Framing } from '../blk.ts'
 import { STATUS_UNTOUCHED } from '../blk.ts'
