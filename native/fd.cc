@@ -164,6 +164,45 @@ static Napi::Value PollIn(const Napi::CallbackInfo& info) {
   return Result(info, ready);
 }
 
+/** Both ends of a pipe of our own, for one call. */
+struct OwnPipe {
+  int ends[2] = {-1, -1};
+  ~OwnPipe() {
+    for (int fd : ends) {
+      if (fd >= 0) CloseQuietly(fd);
+    }
+  }
+  int Open() { return pipe2(ends, O_CLOEXEC | O_NONBLOCK); }
+};
+
+// A stranger's pipe: whoever has a duplicate of the fd can take O_NONBLOCK away at any time, also between a poll and a
+// read. SPLICE_F_NONBLOCK is the call's own, unlike RWF_NOWAIT also for pipes before Linux 6.5 and for FIFOs.
+
+static Napi::Value ReadPipe(const Napi::CallbackInfo& info) {
+  Args args(info);
+  int fd = args.Int32(0, "fd");
+  Span<uint8_t> buffer = args.Bytes(1, "buffer");
+  if (args.failed()) return Undefined(info);
+  OwnPipe own;
+  if (own.Open() < 0) return Result(info, -1);
+  ssize_t moved = splice(fd, nullptr, own.ends[1], nullptr, buffer.length, SPLICE_F_NONBLOCK);
+  if (moved <= 0) return Result(info, moved);
+  return Result(info, read(own.ends[0], buffer.data, static_cast<size_t>(moved)));
+}
+
+static Napi::Value WritePipe(const Napi::CallbackInfo& info) {
+  Args args(info);
+  int fd = args.Int32(0, "fd");
+  Span<uint8_t> buffer = args.Bytes(1, "buffer");
+  if (args.failed()) return Undefined(info);
+  OwnPipe own;
+  if (own.Open() < 0) return Result(info, -1);
+  ssize_t held = write(own.ends[1], buffer.data, buffer.length);
+  if (held <= 0) return Result(info, held);
+  // What does not go on is lost with our pipe: the caller still has it.
+  return Result(info, splice(own.ends[0], nullptr, fd, nullptr, static_cast<size_t>(held), SPLICE_F_NONBLOCK));
+}
+
 static Napi::Value Memfd(const Napi::CallbackInfo& info) {
   Args args(info);
   std::string name = args.String(0, "name");
@@ -223,6 +262,8 @@ void InitFd(Napi::Env env, Napi::Object exports) {
   Export<EventfdWrite>(env, exports, "eventfdWrite");
   Export<EventfdRead>(env, exports, "eventfdRead");
   Export<PollIn>(env, exports, "pollIn");
+  Export<ReadPipe>(env, exports, "readPipe");
+  Export<WritePipe>(env, exports, "writePipe");
   Export<Memfd>(env, exports, "memfd");
   Export<SealFile>(env, exports, "sealFile");
   Export<LockFile>(env, exports, "lockFile");

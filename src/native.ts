@@ -139,6 +139,15 @@ export interface Native {
    */
   pollIn(fd: number, timeoutMs: number): number
   /**
+   * Reads from a pipe or FIFO without waiting, whatever its flags are: the number of bytes, 0 at its end, -EAGAIN when
+   * it is empty.
+   */
+  readPipe(fd: number, buffer: Uint8Array): number
+  /**
+   * Writes to a pipe or FIFO without waiting, whatever its flags are: how many bytes it took, -EAGAIN when it is full.
+   */
+  writePipe(fd: number, buffer: Uint8Array): number
+  /**
    * memfd_create(2) with MFD_CLOEXEC | MFD_ALLOW_SEALING, sized by ftruncate. `hugePageBytes` 0 = normal pages, else
    * MFD_HUGETLB of that size (2 MiB, 1 GiB).
    */

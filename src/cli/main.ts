@@ -2,7 +2,7 @@
  * The command line: finds the command, parses its arguments, runs it, and turns errors into messages and exit codes. It
  * must not know what commands do. `bin/virtiod.js` checks Node's version before it loads this.
  */
-import { readFileSync, writeSync } from 'node:fs'
+import { fstatSync, readFileSync, writeSync } from 'node:fs'
 import { suggest } from '../daemon/option-table.ts'
 import { ConfigError } from '../device/errors.ts'
 import { parseArguments } from './arguments.ts'
@@ -75,7 +75,8 @@ async function tellPredecessor(error: unknown): Promise<void> {
   if (fd === undefined) return
   const { failedFrame } = await import('../daemon/handover-messages.ts')
   try {
-    writeSync(Number(fd), failedFrame((error as Error).message))
+    // A variable that somebody set by hand names any file.
+    if (fstatSync(Number(fd)).isSocket()) writeSync(Number(fd), failedFrame((error as Error).message))
   } catch {
     // It is gone, or nobody is there.
   }

@@ -7,6 +7,7 @@ import { type ChannelMessage, closeFds, FdChannel } from '../vhost-user/fd-chann
 import type { DaemonConfig, DeviceConfig } from './config.ts'
 import {
   deviceOptions,
+  HANDOVER_FD,
   HANDOVER_VERSION,
   type HandedDevice,
   HandoverError,
@@ -18,6 +19,8 @@ import { KeptFiles } from './kept-files.ts'
 
 /** Our own messages find room, or the other process is not there. In milliseconds. */
 const SEND_LIMIT_MS = 5000
+/** Its first message is there before this process is: else nobody hands over. In milliseconds. */
+const HELLO_LIMIT_MS = 5000
 
 export interface ReceivedDevice {
   readonly device: HandedDevice
@@ -42,11 +45,16 @@ export class Predecessor implements Disposable {
    * @param fd of the channel: ours now @throws HandoverError when nobody is there who could hand over to this version
    */
   static async connect(fd: number): Promise<Predecessor> {
-    const channel = new FdChannel(fd)
-    const { body, fds } = await next(channel).catch((error: unknown) => {
-      channel.close()
-      throw error
-    })
+    // Before it is ours: a variable that somebody set by hand names any fd, perhaps one that Node itself needs.
+    const channel = FdChannel.over(fd)
+    if (channel === undefined) throw strayVariable(`${fd} is no socket`)
+    const limit = setTimeout(() => channel.close(), HELLO_LIMIT_MS)
+    const { body, fds } = await next(channel)
+      .catch((error: unknown) => {
+        channel.close()
+        throw strayVariable((error as Error).message, error)
+      })
+      .finally(() => clearTimeout(limit))
     try {
       const hello = parseMessage(body)
       if (hello.kind !== 'hello') throw new HandoverError(`"${hello.kind}" instead of a beginning`)
@@ -148,6 +156,11 @@ export class Predecessor implements Disposable {
     const limit = new Promise((resolve) => setTimeout(resolve, SEND_LIMIT_MS).unref())
     await Promise.race([this.#channel.send(message).catch(() => false), limit])
   }
+}
+
+function strayVariable(problem: string, cause?: unknown): HandoverError {
+  const fix = 'Unset that variable: a daemon sets it for its successor.'
+  return new HandoverError(`no process hands over at ${HANDOVER_FD}: ${problem}. ${fix}`, { cause })
 }
 
 async function next(channel: FdChannel): Promise<ChannelMessage> {

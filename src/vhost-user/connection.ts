@@ -16,8 +16,10 @@ import {
 } from './wire.ts'
 
 const EAGAIN = -11
+const EPIPE = -32
 const ECONNRESET = -104
 const MSG_CTRUNC = 8
+const NO_FDS = new Int32Array(0)
 /** Room for fds of one message: more than any request may carry, so that a request with too many is seen as such. */
 const FD_ROOM = 64
 /** Messages in a row without waiting for one, until everybody else has a turn: a flood holds up nobody. */
@@ -142,6 +144,11 @@ export class Connection implements Disposable {
     // Replies are small: a socket that has no room for one belongs to a front-end that doesn't read.
     if (sent !== bytes.length && !this.#closed)
       throw new ProtocolError('ERR_PROTOCOL_PEER', 'the front-end does not read its replies')
+  }
+
+  /** The front-end has closed its end; what it sent before may still be to be read. */
+  get hungUp(): boolean {
+    return native.sendMessage(this.fd, this.#bytes, 0, 0, NO_FDS, 0, false) === EPIPE
   }
 
   /** Makes the pending and all later reads return undefined. */

@@ -37,6 +37,11 @@ export class FdChannel implements Disposable {
     this.#readiness = new Readiness(fd)
   }
 
+  /** A channel that takes over `fd`; undefined, with `fd` untouched, when that is no connected unix socket. */
+  static over(fd: number): FdChannel | undefined {
+    return native.socketKind(fd) === 0 ? new FdChannel(fd) : undefined
+  }
+
   /** A channel, and the fd of its other end, which the caller owns. @throws a system error */
   static pair(): { channel: FdChannel; fd: number } {
     const ends = new Int32Array(2)

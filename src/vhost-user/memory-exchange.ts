@@ -129,7 +129,15 @@ export class MemoryExchange {
     }
     const regions = describeTranslation(entry, this.table)
     if (regions === undefined) throw iotlbError('an entry outside of the memory regions')
-    this.translations.update(entry)
+    // One for each piece: entries that lie in hundreds of regions would become that many times what the limit of
+    // entries allows, at the next change of the memory table.
+    const pieces = regions.map(({ gpa, size: length }) => ({
+      ...entry,
+      iova: gpa,
+      size: length,
+      uva: entry.uva + gpa - entry.iova,
+    }))
+    this.translations.update(...pieces)
     await this.#rings.relocateLogs()
     await this.#host.updateIotlb(regions)
   }

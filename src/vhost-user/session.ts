@@ -29,6 +29,9 @@ import * as wire from './wire.ts'
 export { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from './protocol-table.ts'
 export type { RingHost, RingStart } from './ring-host.ts'
 
+/** How often a session that waits for somebody else looks whether its front-end is still there. In milliseconds. */
+const HANG_UP_MS = 200
+
 export class Session {
   readonly connection: Connection
   readonly host: RingHost
@@ -298,7 +301,16 @@ export class Session {
 
   /** CHECK_DEVICE_STATE: waits for the transfer. @throws ProtocolError when it failed */
   async checkState(): Promise<void> {
-    await this.transfer.check()
+    // Nothing is read meanwhile, and the other end of the pipe may be a third process, which doesn't end with the
+    // front-end: the device would be lost to all that come.
+    const watch = setInterval(() => {
+      if (this.connection.hungUp) this.transfer.abort()
+    }, HANG_UP_MS)
+    try {
+      await this.transfer.check()
+    } finally {
+      clearInterval(watch)
+    }
   }
 
   getConfig(offset: number, size: number): Uint8Array | undefined {

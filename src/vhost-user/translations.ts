@@ -29,11 +29,14 @@ export class Translations {
     return this.#entries
   }
 
-  /** Puts `entry` in place of what there is in its range. */
-  update(entry: Translation): void {
-    this.invalidate(entry.iova, entry.size)
-    if (this.#entries.length >= MAX_TRANSLATIONS) this.#entries.shift()
-    this.#entries.splice(this.#after(entry.iova), 0, entry)
+  /** Puts `entries`, which follow each other without gaps, in place of what there is in their range. */
+  update(...entries: readonly Translation[]): void {
+    const start = entries[0]!.iova
+    const last = entries.at(-1)!
+    this.invalidate(start, last.iova + last.size - start)
+    const over = this.#entries.length + entries.length - MAX_TRANSLATIONS
+    if (over > 0) this.#entries.splice(0, over)
+    this.#entries.splice(this.#after(start), 0, ...entries)
   }
 
   /** Removes what there is of [iova, iova + size); entries that reach beyond it are cut. */

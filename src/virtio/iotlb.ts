@@ -6,8 +6,8 @@
 import { GuestMemory, isOneMapping, MemoryRegion, type RegionDescription } from './memory.ts'
 
 /**
- * More entries than this make the oldest ones go: if they are needed again, there is a miss. Chains number their regions
- * with 16 bits. Pieces that are contiguous are one entry, so a guest needs that many only when its buffers are
+ * More entries than this make the oldest ones go: if they are needed again, there is a miss. Chains number their
+ * regions with 16 bits. Pieces that are contiguous are one entry, so a guest needs that many only when its buffers are
  * scattered page by page over 256 MiB.
  */
 export const IOTLB_ENTRIES = 65536
@@ -83,8 +83,8 @@ export class Iotlb {
   }
 
   /**
-   * Many at a time: taking one out of the middle moves all behind it, and one message of a front-end with hundreds of regions
-   * did that hundreds of times, for half a second in which nobody else was served.
+   * Many at a time: taking one out of the middle moves all behind it, and one message of a front-end with hundreds of
+   * regions did that hundreds of times, for half a second in which nobody else was served.
    */
   #dropOldest(): void {
     const gone = new Set<MemoryRegion>()

@@ -360,3 +360,44 @@ describe('--fd', () => {
     expect(existsSync(socket)).toBe(false)
   })
 })
+
+describe('a variable that only daemons set for their successors, set by hand', () => {
+  // 3 and 7 are fds that Node itself has open.
+  test.each(['0', '3', '7', '99', '999999'])('VIRTIOD_HANDOVER_FD=%s', async (fd) => {
+    const { code, stderr } = await virtiod(['blk', '--socket-path', socket, '--blk-file', image], {
+      env: { VIRTIOD_HANDOVER_FD: fd },
+    })
+    expect(stderr).toMatch(/^virtiod: no process hands over at VIRTIOD_HANDOVER_FD: .* Unset that variable[^\n]*\n$/)
+    expect(code).toBe(1)
+    await expectNothingLeft()
+  })
+
+  test('a socket of somebody else, who says nothing', async () => {
+    const ends = new Int32Array(2)
+    native.socketpair(ends)
+    const child = spawn(process.execPath, [main, 'blk', '--socket-path', socket, '--blk-file', image], {
+      env: { ...process.env, VIRTIOD_HANDOVER_FD: '3' },
+      stdio: ['ignore', 'ignore', 'pipe', ends[1]],
+    })
+    let stderr = ''
+    child.stderr!.setEncoding('utf8').on('data', (text: string) => {
+      stderr += text
+    })
+    const code = await new Promise((resolve) => child.once('exit', resolve))
+    for (const end of ends) native.close(end)
+    expect(stderr).toContain('Unset that variable')
+    expect(code).toBe(1)
+  })
+
+  test('and another mistake: nothing is written to what is no socket', async () => {
+    const result = join(dir, 'result')
+    const file = openSync(result, 'w')
+    const child = spawn(process.execPath, [main, 'blk', '--no-such-option'], {
+      env: { ...process.env, VIRTIOD_HANDOVER_FD: '3' },
+      stdio: ['ignore', 'ignore', 'ignore', file],
+    })
+    closeSync(file)
+    expect(await new Promise((resolve) => child.once('exit', resolve))).toBe(2)
+    expect(readFileSync(result, 'utf8')).toBe('')
+  })
+})

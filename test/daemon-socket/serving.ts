@@ -90,10 +90,14 @@ export class Serving implements Disposable {
   }
 
   get lines(): LogLine[] {
-    return this.text
-      .split('\n')
-      .filter((line) => line.startsWith('{'))
-      .map((line) => JSON.parse(line) as LogLine)
+    return (
+      this.text
+        .split('\n')
+        // The last one is being written.
+        .slice(0, -1)
+        .filter((line) => line.startsWith('{'))
+        .map((line) => JSON.parse(line) as LogLine)
+    )
   }
 
   /** Lines with this message, by a process or by any. */

@@ -25,6 +25,15 @@ function pipe(): { reader: number; writer: number } {
   return { reader, writer }
 }
 
+/** With O_PATH, which node:fs doesn't name. */
+function unopenedFifo(): number {
+  const directory = mkdtempSync(join(tmpdir(), 'virtiod-pipe-'))
+  spawnSync('mkfifo', [join(directory, 'pipe')])
+  const fd = openSync(join(directory, 'pipe'), 0o10000000)
+  rmSync(directory, { recursive: true })
+  return fd
+}
+
 /** SET_DEVICE_STATE_FD; the fd is ours no longer. */
 async function transfer(bench: Bench, direction: number, fd: number, phase = 0): Promise<bigint | undefined> {
   const reply = await bench.exchange(wire.VHOST_USER_SET_DEVICE_STATE_FD, wire.vringState(direction, phase), [fd])
@@ -147,6 +156,18 @@ describe('saving', () => {
   })
 })
 
+test('the front-end leaves while CHECK_DEVICE_STATE waits, and a third process holds the pipe', async () => {
+  const bench = await Bench.open()
+  const { reader, writer } = pipe()
+  await transfer(bench, LOAD, reader)
+  await bench.peer.send(wire.VHOST_USER_CHECK_DEVICE_STATE, new Uint8Array(0))
+  await setTimeout(10)
+  bench.peer.close()
+  await bench.ended
+  expect(bench.host.taken().at(-1)).toBe('reset')
+  closeSync(writer)
+})
+
 describe('loading', () => {
   test.each([0, 5, 1_000_000])('%i bytes through a pipe', async (length) => {
     await using bench = await Bench.open()
@@ -198,6 +219,7 @@ describe('what is refused, by a reply that says so', () => {
     ['an eventfd', SAVE, 0, () => native.eventfd(0)],
     ['/dev/zero', LOAD, 0, () => openSync('/dev/zero', 'r')],
     ['a directory', LOAD, 0, () => openSync('/tmp', 'r')],
+    ['a FIFO that is not open', LOAD, 0, () => unopenedFifo()],
   ]
   test.each(rows)('%s', async (_, direction, phase, make) => {
     await using bench = await Bench.open()

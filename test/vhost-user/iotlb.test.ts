@@ -80,6 +80,24 @@ describe('an update', () => {
     expect(await ask(bench, update(0x5000n, 0x1000n, UVA))).toBe(0n)
   })
 
+  test('over many regions counts as many entries', async () => {
+    await using bench = await translated()
+    const second = { ...SECOND, size: 0x1000n }
+    const third = { ...second, guestAddress: 0x2000_0000n, userAddress: SECOND.userAddress + 0x1000n }
+    for (const region of [second, third]) await bench.addMemory(undefined, region)
+    bench.host.taken()
+    expect(await ask(bench, update(0x5000n, 0x3000n, UVA + REGION.size - 0x1000n))).toBe(0n)
+    expect(bench.host.taken()).toEqual(['updateIotlb 5000+1000 6000+1000 7000+1000'])
+    const base = Number(UVA + REGION.size)
+    expect(bench.session.exchange.translations.entries).toEqual([
+      { iova: 0x5000, size: 0x1000, uva: base - 0x1000, access: 3 },
+      { iova: 0x6000, size: 0x1000, uva: base, access: 3 },
+      { iova: 0x7000, size: 0x1000, uva: base + 0x1000, access: 3 },
+    ])
+    expect(await bench.command(wire.VHOST_USER_REM_MEM_REG, single(second))).toBe('ok')
+    expect(bench.session.exchange.translations.entries.map(({ iova }) => iova)).toEqual([0x5000, 0x7000])
+  })
+
   test('without access is none', async () => {
     await using bench = await translated()
     expect(await ask(bench, update(0x5000n, 0x3000n, UVA))).toBe(0n)
@@ -173,8 +191,12 @@ describe('memory behind a vIOMMU', () => {
     await ask(bench, update(0x9000n, 0x2000n, SECOND.userAddress - 0x1000n))
     bench.host.taken()
     expect(await bench.command(wire.VHOST_USER_REM_MEM_REG, single(SECOND))).toBe('ok')
-    expect(bench.host.taken()).toEqual(['pause', 'setMemory 1 translated', 'resume'])
-    expect(bench.host.memory.map(({ gpa }) => gpa)).toEqual([0x5000])
+    expect(bench.host.taken()).toEqual(['pause', 'setMemory 2 translated', 'resume'])
+    // What reached into both has what is left.
+    expect(bench.host.memory.map(({ gpa, size }) => [gpa, size])).toEqual([
+      [0x5000, 0x1000],
+      [0x9000, 0x1000],
+    ])
   })
 
   test('translations end with RESET_DEVICE', async () => {

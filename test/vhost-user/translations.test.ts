@@ -105,6 +105,10 @@ test('there is an end to what it remembers', () => {
   }
   expect(translations.entries.length).toBe(MAX_TRANSLATIONS)
   expect(translations.entries.at(-1)?.iova).toBe(2 * (MAX_TRANSLATIONS + 9) * PAGE)
+  const pieces = Array.from({ length: 100 }, (_, i) => ({ iova: (1 + i) * PAGE, size: PAGE, uva: UVA, access: 3 }))
+  translations.update(...pieces)
+  expect(translations.entries.length).toBeLessThanOrEqual(MAX_TRANSLATIONS)
+  expect(translations.entries.slice(0, 100)).toEqual(pieces)
   // Cutting one makes two of it: still bounded by what comes next.
   translations.update({ iova: 0, size: 2 ** 40, uva: UVA, access: 3 })
   translations.invalidate(PAGE, PAGE)
