@@ -7,7 +7,8 @@ import { defineConfig } from 'vitest/config'
 
 export default defineConfig({
   test: {
-    include: ['test/**/*.test.ts'],
+    // What takes minutes of its own stands in *.long.test.ts: npm run test:long.
+    include: [process.env['VIRTIOD_LONG'] === undefined ? 'test/**/!(*.long).test.ts' : 'test/**/*.long.test.ts'],
     globalSetup: ['test/setup/prerequisites.ts'],
     pool: 'forks',
     fileParallelism: false,

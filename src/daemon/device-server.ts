@@ -199,7 +199,12 @@ export class DeviceServer {
 
   /** Starts what was restored; its rings are paused until all devices are here. The old process has let go. */
   async start(): Promise<void> {
-    this.device.takeOver?.()
+    try {
+      this.device.takeOver?.()
+    } catch (error) {
+      // The old process is gone: whatever is missing, the other guests are served, and this one as far as that goes.
+      this.#log.error({ err: error }, 'the device was not taken over whole')
+    }
     if (!this.#restored) return
     try {
       await this.rings.release()

@@ -25,6 +25,8 @@ export interface BackendOptions {
   readonly discard?: boolean
   readonly serial?: string
   readonly cache?: 'none' | 'writethrough' | 'writeback' | 'unsafe'
+  /** Whether the image is locked against a second writer (default: yes). */
+  readonly lock?: boolean
   /** More words for the command line of this kind of back-end. */
   readonly extraArgs?: readonly string[]
 }
@@ -158,6 +160,7 @@ function virtiodCommand(options: BackendOptions): [string, string[]] {
   if (options.discard !== undefined) args.push('--discard', options.discard ? 'on' : 'off')
   if (options.serial !== undefined) args.push('--serial', options.serial)
   if (options.cache !== undefined) args.push('--cache', options.cache)
+  if (options.lock === false) args.push('--lock', 'off')
   return [process.execPath, [...args, ...(options.extraArgs ?? [])]]
 }
 
@@ -174,6 +177,7 @@ function qsdCommand(options: BackendOptions): [string, string[]] {
     `discard=${options.discard === false ? 'ignore' : 'unmap'}`,
     `read-only=${onOff(options.readOnly === true)}`,
   ]
+  if (options.lock === false) file.push('locking=off')
   if (options.cache !== undefined) {
     file.push(`cache.direct=${onOff(options.cache === 'none')}`, `cache.no-flush=${onOff(options.cache === 'unsafe')}`)
   }

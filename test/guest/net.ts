@@ -48,6 +48,9 @@ export interface CardOptions {
   /** More properties of QEMU's virtio-net-pci: ",host_mtu=9000". */
   readonly device?: string
   readonly cpus?: number
+  /** More words for QEMU, before the card's. */
+  readonly machine?: readonly string[]
+  readonly kernelArgs?: string
 }
 
 /** A network, its namespace and its guests; they end with it. */
@@ -98,8 +101,10 @@ export class TestNetwork implements AsyncDisposable {
       kind: 'network',
       cpus: card.cpus ?? 1,
       timeoutMs: 200_000,
+      ...(card.kernelArgs !== undefined && { kernelArgs: card.kernelArgs }),
       prefix: isVirtiod ? [] : this.namespace.prefix,
       qemuArgs: [
+        ...(card.machine ?? []),
         ...(isVirtiod
           ? vhostUserArgs(this.#socket(port), queuePairs)
           : [

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, describe, expect, test } from 'vitest'
 import { ConfigError } from '../../src/device/errors.ts'
+import { native } from '../../src/native.ts'
 import {
   HEALTH_TIMEOUT_MS,
   type MetricsAddress,
@@ -167,3 +168,36 @@ function getUnix(socketPath: string): Promise<string> {
     }).on('error', reject)
   })
 }
+
+describe('a server of another process', () => {
+  const duplicate = (server: OperationsServer): number => native.dup(server.fd!)
+
+  test.each([
+    ['TCP', LOOPBACK],
+    ['a unix socket', { path: join(dir, 'handed-over') }],
+  ])('goes on with its listening socket: %s', async (_, address) => {
+    const old = await start({ metrics: async () => 'old 1\n' }, address)
+    const where = new URL(old.url.startsWith('http') ? old.url : 'http://localhost')
+    const scrape = () =>
+      new Promise<string>((resolve, reject) => {
+        const options =
+          'path' in address ? { socketPath: address.path, path: '/metrics' } : { port: where.port, path: '/metrics' }
+        get({ host: '127.0.0.1', ...options, agent: false }, (response) => {
+          let text = ''
+          response.on('data', (data: Buffer) => (text += data)).on('end', () => resolve(text))
+        }).on('error', reject)
+      })
+    expect(await scrape()).toBe('old 1\n')
+    const handlers = { metrics: async () => 'new 1\n', health: async () => undefined }
+    const inherited = duplicate(old)
+    const successor = await startOperationsServer(address, handlers, '--metrics', inherited)
+    expect(successor.url).toBe(old.url)
+    old.abandon()
+    // The old one's process ends now; here it still accepts on a unix socket.
+    const answers = new Set(await Promise.all(Array.from({ length: 20 }, scrape)))
+    expect(answers.has('new 1\n')).toBe(true)
+    if (!('path' in address)) expect([...answers]).toEqual(['new 1\n'])
+    await successor.close()
+    if ('path' in address) expect(existsSync(address.path)).toBe(false)
+  })
+})
