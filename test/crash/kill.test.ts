@@ -7,7 +7,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { expect, test } from 'vitest'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { BlkDriver } from '../../src/frontend/blk.ts'
 import { layouts } from '../../src/frontend/memory.ts'
 import { Session } from '../../src/frontend/session.ts'
@@ -41,35 +41,35 @@ test.each([
   expect(Number(/; (\d+) of them were in flight at a kill/.exec(output)?.[1])).toBeGreaterThan(kills)
 })
 
-test.each([false, true])(
-  'a ring that goes on calls its driver, in case the last call was lost, packed=%s',
-  async (packed) => {
-    const directory = mkdtempSync(join(tmpdir(), 'virtiod-call-'))
-    const image = join(directory, 'disk')
-    writeFileSync(image, new Uint8Array(65536))
-    const start = async (): Promise<Daemon> => {
-      const daemon = new Daemon(join(directory, 's'), ['blk', '--blk-file', image], join(directory, 'log'))
-      if (!(await daemon.listening())) throw new Error(daemon.log)
-      return daemon
-    }
-    const first = await start()
-    const before = Session.open(first.socket, {
-      memory: layouts.single(4 * 2 ** 20),
-      mode: 'irq',
-      inflight: true,
-      packed,
-    })
+describe('a ring that goes on', () => {
+  let directory: string
+  let daemon: Daemon | undefined
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'virtiod-call-'))
+    writeFileSync(join(directory, 'disk'), new Uint8Array(65536))
+  })
+  afterEach(async () => {
+    await daemon?.stop('SIGKILL')
+    rmSync(directory, { recursive: true })
+  })
+
+  async function start(): Promise<string> {
+    daemon = new Daemon(join(directory, 's'), ['blk', '--blk-file', join(directory, 'disk')], join(directory, 'log'))
+    if (!(await daemon.listening())) throw new Error(daemon.log)
+    return daemon.socket
+  }
+
+  test.each([false, true])('calls its driver, in case the last call was lost, packed=%s', async (packed) => {
+    const memory = layouts.single(4 * 2 ** 20)
+    const before = Session.open(await start(), { memory, mode: 'irq', inflight: true, packed })
     new BlkDriver(before.queue(0), before.memory, 2 ** 20).read(0, 4096)
-    await first.stop('SIGKILL')
-    const second = await start()
+    await daemon?.stop('SIGKILL')
     before.queue(0).takeCalls()
-    const after = Session.resume(second.socket, before)
+    const after = Session.resume(await start(), before)
     expect(after.queue(0).waitForCall(5000)).toBeGreaterThan(0)
     after.close()
-    await second.stop()
-    rmSync(directory, { recursive: true })
-  }
-)
+  })
+})
 
 test('a wrong command line is refused', async () => {
   await expect(run(['--kills', 'many'])).rejects.toThrow('--kills: many is no number that it can be')

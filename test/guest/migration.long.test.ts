@@ -8,7 +8,7 @@
 import { closeSync, mkdtempSync, openSync, rmSync, truncateSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { afterAll, afterEach, describe, expect, test, vi } from 'vitest'
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
 import { VIRTIO_F_RING_PACKED } from '../../src/virtio/constants.ts'
 import { whyNoGuest } from '../setup/prerequisites.ts'
 import { type Backend, type BackendKind, backendKinds, diskArgs, startBackend } from './backend.ts'
@@ -81,9 +81,12 @@ const cases = backendKinds().flatMap((kind): [BackendKind, 'split' | 'packed'][]
 )
 
 describe.skipIf(whyNoGuest() !== undefined).each(cases)('live migration on %s, %s rings', (kind, format) => {
-  const directory = mkdtempSync('/var/tmp/virtiod-migration-')
+  let directory: string
   const backends: Backend[] = []
   const guests: Guest[] = []
+  beforeAll(() => {
+    directory = mkdtempSync('/var/tmp/virtiod-migration-')
+  })
   afterEach(async () => {
     for (const guest of guests) await guest.kill()
     for (const backend of backends) await backend.stop('SIGKILL')
