@@ -15,7 +15,7 @@ import { payload64 } from '../connection.ts'
 import { FrontendError } from '../errors.ts'
 import { layouts } from '../memory.ts'
 import { wireRegion } from '../session.ts'
-import { ATTACKS, type Attack, RING_SIZE, type Victim } from '../verify/attacks.ts'
+import { ATTACKS, type Attack, makeVictim, RING_SIZE } from '../verify/attacks.ts'
 import { sleepMs } from '../virtqueue.ts'
 import { type ConformanceCase, expect, expectEqual, NotApplicable, Violation } from './case.ts'
 import type { Context } from './context.ts'
@@ -80,41 +80,12 @@ function attackCase(attack: Attack): ConformanceCase {
     needs: { features: attack.indirect === true ? [VIRTIO_F_INDIRECT_DESC] : [] },
     run: (context) => {
       const all = scene(context, false)
-      const victim = splitVictim(context, all.guest, all.ring)
+      const victim = makeVictim(all.guest.session, context.operation().readable, all.ring.split)
       const before = all.ring.split.usedIndex
       attack.run(victim)
       sleepMs(60)
       const answered = (all.ring.split.usedIndex - before) & 0xffff
       return aftermath(context, all, answered, attack, victim.status.bytes[0] === 0)
-    },
-  }
-}
-
-function splitVictim(context: Context, guest: Guest, { split: ring }: Ring): Victim {
-  const { memory, session } = guest
-  const { readable } = context.operation()
-  const header = memory.allocate(readable.length, 16)
-  header.bytes.set(readable)
-  const status = memory.allocate(16, 16)
-  status.bytes[0] = 0xa5
-  const table = memory.allocate(65536, 16)
-  return {
-    session,
-    ring,
-    header,
-    status,
-    table,
-    data: memory.allocate(8192, 4096),
-    go: (head = 0) => {
-      ring.issueRaw(head)
-      ring.publishRaw(ring.availableIndex)
-    },
-    entry: (index, address, length, flags, next) => {
-      const view = new DataView(table.bytes.buffer, table.bytes.byteOffset + index * 16, 16)
-      view.setBigUint64(0, BigInt(address), true)
-      view.setUint32(8, length, true)
-      view.setUint16(12, flags, true)
-      view.setUint16(14, next, true)
     },
   }
 }
@@ -166,7 +137,7 @@ const ringCases: readonly ConformanceCase[] = [
       ring.run()
       const canary = guest.memory.region(1)
       canary.bytes.fill(0x5c)
-      const victim = splitVictim(context, guest, ring)
+      const victim = makeVictim(guest.session, context.operation().readable, ring.split)
       const flags = [1, 3, 2, 0, 4, 0xffff]
       const lengths = [16, 512, 0, 1, 0xffff_ffff, 4096]
       let seed = 99
@@ -202,7 +173,7 @@ const ringCases: readonly ConformanceCase[] = [
     run: (context) => {
       const { guest, ring } = context.running({}, { size: RING_SIZE })
       ring.run()
-      splitVictim(context, guest, ring).go(RING_SIZE)
+      makeVictim(guest.session, context.operation().readable, ring.split).go(RING_SIZE)
       for (const deadline = performance.now() + 500; performance.now() < deadline; sleepMs(5)) {
         if (ring.queue.broken()) return 'signalled'
         if (guest.connection.channel.hungUp()) throw new Violation('a signal', 'the whole session is ended')

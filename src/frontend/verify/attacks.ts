@@ -26,6 +26,35 @@ export interface Victim {
   entry(index: number, address: number | bigint, length: number, flags: number, next: number): void
 }
 
+/** @param request the header of a valid read. @param ring the split ring to attack; default the one of queue 0 */
+export function makeVictim(session: Session, request: Uint8Array, ring = session.queue(0).split): Victim {
+  const { memory } = session
+  const header = memory.allocate(request.length, 16)
+  header.bytes.set(request)
+  const status = memory.allocate(16, 16)
+  status.bytes[0] = 0xa5
+  const table = memory.allocate(65536, 16)
+  return {
+    session,
+    ring,
+    header,
+    status,
+    table,
+    data: memory.allocate(8192, 4096),
+    go: (head = 0) => {
+      ring.issueRaw(head)
+      ring.publishRaw(ring.availableIndex)
+    },
+    entry: (index, address, length, flags, next) => {
+      const view = new DataView(table.bytes.buffer, table.bytes.byteOffset + index * 16, 16)
+      view.setBigUint64(0, BigInt(address), true)
+      view.setUint32(8, length, true)
+      view.setUint16(12, flags, true)
+      view.setUint16(14, next, true)
+    },
+  }
+}
+
 export interface Attack {
   readonly name: string
   readonly title: string

@@ -13,8 +13,8 @@ import { layouts } from '../memory.ts'
 import type { Session } from '../session.ts'
 import { wireRegion } from '../session.ts'
 import { sleepMs } from '../virtqueue.ts'
-import type { Attack, Victim } from './attacks.ts'
-import { ATTACKS, RING_SIZE } from './attacks.ts'
+import type { Attack } from './attacks.ts'
+import { ATTACKS, makeVictim, RING_SIZE } from './attacks.ts'
 import type { VerifyCase, VerifyContext } from './case.ts'
 import { must, need } from './case.ts'
 
@@ -34,7 +34,7 @@ function attackCase(attack: Attack): VerifyCase {
         arena: 2 * MIB,
       })
       blk.read(context.sector(), context.facts.blockSize)
-      const victim = makeVictim(context, session)
+      const victim = makeVictim(session, requestHeader(context))
       const before = victim.ring.usedIndex
       attack.run(victim)
       sleepMs(60)
@@ -92,35 +92,6 @@ function restart(context: VerifyContext, session: Session): void {
     ?.close()
   session.startQueue(0, { size: RING_SIZE })
   context.mustWork(context.driver(session, 0, MIB), 'the ring, stopped and started afresh')
-}
-
-function makeVictim(context: VerifyContext, session: Session): Victim {
-  const { memory } = session
-  const header = memory.allocate(16, 16)
-  writeHeader(header.bytes, VIRTIO_BLK_T_IN, context.sector())
-  const status = memory.allocate(16, 16)
-  status.bytes[0] = 0xa5
-  const table = memory.allocate(65536, 16)
-  const ring = session.queue(0).split
-  return {
-    session,
-    ring,
-    header,
-    status,
-    table,
-    data: memory.allocate(8192, 4096),
-    go: (head = 0) => {
-      ring.issueRaw(head)
-      ring.publishRaw(ring.availableIndex)
-    },
-    entry: (index, address, length, flags, next) => {
-      const view = new DataView(table.bytes.buffer, table.bytes.byteOffset + index * 16, 16)
-      view.setBigUint64(0, BigInt(address), true)
-      view.setUint32(8, length, true)
-      view.setUint16(12, flags, true)
-      view.setUint16(14, next, true)
-    },
-  }
 }
 
 /** Memory that goes away under a running ring. */
@@ -194,3 +165,10 @@ const memoryCases: readonly VerifyCase[] = [
 ]
 
 export const hostileCases: readonly VerifyCase[] = [...ATTACKS.map(attackCase), ...memoryCases]
+
+/** A read of the first sector that may be read. */
+function requestHeader(context: VerifyContext): Uint8Array {
+  const header = new Uint8Array(16)
+  writeHeader(header, VIRTIO_BLK_T_IN, context.sector())
+  return header
+}
