@@ -176,7 +176,6 @@ export class Queue implements QueueContext {
     if (this.#receiver !== undefined) return this.#receive(this.#receiver)
     const { vring } = this
     const handler = this.#handler!
-    // Not of a ring that stops: chains of a former back-end were taken when it was enabled.
     const discards = !this.enabled && handler.discard !== undefined
     const now = this.#owner.now
     const ring = this.#owner.ring
