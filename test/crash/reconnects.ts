@@ -18,6 +18,7 @@ export interface Footprint {
   readonly virtual: number
   readonly fds: number
   readonly mappings: number
+  /** Its own: the kernel's io_uring workers (iou-wrk-…) look like threads of it and come and go with the load. */
   readonly threads: number
 }
 
@@ -30,8 +31,19 @@ export function footprint(pid: number): Footprint {
     virtual: value('VmSize') * 1024,
     fds: readdirSync(`/proc/${pid}/fd`).length,
     mappings: readFileSync(`/proc/${pid}/maps`, 'utf8').split('\n').length,
-    threads: value('Threads'),
+    threads: threadNames(pid).filter((name) => !name.startsWith('iou-wrk-')).length,
   }
+}
+
+function threadNames(pid: number): string[] {
+  return readdirSync(`/proc/${pid}/task`).map((thread) => {
+    try {
+      return readFileSync(`/proc/${pid}/task/${thread}/comm`, 'utf8').trim()
+    } catch {
+      // It ended since it was listed: only a worker of the kernel does.
+      return 'iou-wrk-'
+    }
+  })
 }
 
 export function describeFootprint({ resident, virtual, fds, mappings, threads }: Footprint): string {
