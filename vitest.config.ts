@@ -3,9 +3,20 @@
  * threads would share one process's fds and CPU time; one file at a time where tests compete for the two or so
  * processors of a CI machine.
  */
+import { fileURLToPath } from 'node:url'
 import { defineConfig } from 'vitest/config'
 
+const source = (path: string): string => `${fileURLToPath(new URL('src/', import.meta.url))}${path}`
+
 export default defineConfig({
+  // What package.json exports, without a build: examples and their tests import virtiod as strangers do.
+  resolve: {
+    alias: [
+      { find: /^virtiod\/(device\/.+)$/, replacement: source('$1.ts') },
+      { find: /^virtiod\/(device|testing)$/, replacement: source('$1/index.ts') },
+      { find: /^virtiod$/, replacement: source('index.ts') },
+    ],
+  },
   test: {
     // What takes minutes of its own stands in *.long.test.ts: npm run test:long.
     include: [process.env['VIRTIOD_LONG'] === undefined ? 'test/**/!(*.long).test.ts' : 'test/**/*.long.test.ts'],

@@ -34,6 +34,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
   readonly #emulate = process.env['VIRTIOD_IO_URING'] === 'off'
   #ended = Promise.withResolvers<void>()
   #died: unknown
+  readonly #closing = new AbortController()
   #closed: Promise<void> | undefined
 
   private constructor(config: DaemonConfig, log: Logger, files: KeptFiles) {
@@ -122,7 +123,8 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     checkCpus(config.iothreadCpus)
     const devices: Device[] = []
     try {
-      const nobody = { daemon: devices, configChanged: () => {}, send: () => {}, handover: new KeptFiles() }
+      const { signal } = new AbortController()
+      const nobody = { daemon: devices, signal, configChanged: () => {}, send: () => {}, handover: new KeptFiles() }
       for (const device of config.devices) devices.push(await openDevice(device, config, log, nobody))
     } finally {
       for (const device of devices) device.close()
@@ -205,6 +207,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     this.#handover?.cancel('the daemon is stopping')
     const handedOver = await this.#handedOver?.catch(() => undefined)
     if (handedOver === undefined) {
+      this.#closing.abort()
       await Promise.all(this.#servers.map((server) => server.close()))
       this.#files[Symbol.dispose]()
     }
@@ -217,6 +220,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     let server: DeviceServer | undefined
     const device = await openDevice(config, this.#config, log, {
       daemon: this,
+      signal: this.#closing.signal,
       handover: this.#files,
       configChanged: () => server?.configChanged(),
       send: (index, message) => server?.rings.send(index, message),
@@ -227,7 +231,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
 
   /** Before the guests wait for it, and while a version that can't be loaded does no harm. */
   async #loadQueueModules(): Promise<void> {
-    const modules = new Set(this.#config.devices.map(({ definition }) => moduleUrl(definition.queueModule).href))
+    const modules = new Set(this.#config.devices.map(({ definition }) => moduleUrl(definition.queueModule!).href))
     for (const module of modules) await this.#pool.broadcast({ kind: 'load', module })
   }
 
@@ -290,7 +294,7 @@ async function openDevice(
   config: DeviceConfig,
   whole: DaemonConfig,
   log: Logger,
-  own: Pick<DeviceHost, 'daemon' | 'configChanged' | 'send' | 'handover'>
+  own: Pick<DeviceHost, 'daemon' | 'signal' | 'configChanged' | 'send' | 'handover'>
 ): Promise<Device> {
   const { apiVersion, name } = config.definition
   if (apiVersion !== API_VERSION) {

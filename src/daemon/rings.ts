@@ -78,7 +78,7 @@ export class Rings implements RingHost {
 
   constructor(definition: DeviceDefinition, device: Device, pool: IothreadPool) {
     this.#device = device
-    this.#module = moduleUrl(definition.queueModule).href
+    this.#module = moduleUrl(definition.queueModule!).href
     this.features = device.features | RING_FEATURES
     this.numQueues = device.numQueues
     this.maxQueueSize = device.maxQueueSize ?? VIRTQ_MAX_SIZE
@@ -111,7 +111,7 @@ export class Rings implements RingHost {
    * A migrated device gets its whole config space back: what is as it is needs no write, so that only a difference in a
    * read-only field is refused (the device on the other side was another one).
    */
-  writeConfig(offset: number, bytes: Uint8Array, migration: boolean): boolean {
+  writeConfig(offset: number, bytes: Uint8Array, migration: boolean): boolean | Promise<boolean> {
     if (!migration) return this.#device.writeConfig(offset, bytes)
     const { start, end } = changedSpan(this.#device.config(), offset, bytes)
     return start === end || this.#device.writeConfig(offset + start, bytes.subarray(start, end))

@@ -1,9 +1,11 @@
 /**
- * The device contract: all that a device module imports, in-tree or a stranger's. A device has two halves.
+ * The device contract: all that a device module imports, in-tree or a stranger's. There are two styles on one engine.
  *
- * - The *control half* ({@link DeviceDefinition}, {@link Device}) lives on the control thread: options, features,
- * config
- *   space, opening of files.
+ * The short one is {@link defineDevice}: one object with async handlers on a thread of its own, where promises, timers and any
+ * npm library work. The fast one is what it is made of, and what blk and net are. There a device has two halves.
+ *
+ * - The *control half* ({@link DeviceDefinition}, {@link Device}): options, features, config space, opening of files. That of
+ *   a device of virtiod's own lives on the control thread, that of a module on the first thread of its own.
  * - The *queue half* ({@link QueueHandler}) lives on an iothread, one handler per virtqueue: it takes chains and
  *   completes them. The two share no objects, only what `queueData` carries (numbers, SharedArrayBuffers).
  *
@@ -18,6 +20,19 @@ import type { CopyBatch, PacketReceiver, PacketSender } from './packets.ts'
 export type { Chain } from '../virtio/chain.ts'
 export { VIRTIO_F_VERSION_1 } from '../virtio/constants.ts'
 export { featureSet, hasFeature } from '../virtio/features.ts'
+export {
+  type ChainReader,
+  type ChainWriter,
+  type ConfigSpace,
+  type DeviceChain,
+  type DeviceContext,
+  type DeviceDescription,
+  type DeviceHandlers,
+  type DeviceQueue,
+  defineDevice,
+  type Metric,
+  type QueueDescription,
+} from './define.ts'
 export { ConfigError, DeviceError } from './errors.ts'
 export type { LinkInfo, NetworkHost, TapInfo } from './network.ts'
 export type { CopyBatch, PacketReceiver, PacketSender } from './packets.ts'
@@ -53,9 +68,22 @@ export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
   readonly errors: readonly string[]
   /**
    * The module of the queue half: `new URL('./queue.ts', import.meta.url)`. Its export `createQueueHandler` is a
-   * {@link CreateQueueHandler}.
+   * {@link CreateQueueHandler}. Unset: the queue half is in this file, as {@link createQueueHandler}.
    */
-  readonly queueModule: URL
+  readonly queueModule?: URL
+  /** The queue half, when it has no module of its own. */
+  readonly createQueueHandler?: CreateQueueHandler<QueueData>
+  /**
+   * Its handlers need promises, timers or npm libraries: the device gets one iothread of its own, in event-loop mode,
+   * for both halves, which then may share objects. Otherwise the thread sleeps in the kernel between batches, and
+   * nothing but completions and messages wakes it.
+   */
+  readonly eventLoop?: boolean
+  /**
+   * For a device on threads of its own: a chain that is in flight for longer than this ends the session
+   * (ERR_DEVICE_STUCK). In milliseconds, 0 = never; the default is 30 000.
+   */
+  readonly timeoutMs?: number
   /** Metrics beside those that every device has, see {@link Device.samples}. */
   readonly metrics?: readonly DeviceMetric[]
   /**
@@ -109,7 +137,7 @@ export interface Device<QueueData = unknown> {
   /** The whole config space (at most 256 bytes), little-endian as virtio 1.3 §2.5.3 says. Read at every GET_CONFIG. */
   config(): Uint8Array
   /** SET_CONFIG. Returns false to refuse the write (the front-end gets a NACK); nothing may have changed then. */
-  writeConfig(offset: number, bytes: Uint8Array): boolean
+  writeConfig(offset: number, bytes: Uint8Array): boolean | Promise<boolean>
   /**
    * A driver took the device over with these features (all virtio and device bits). Called again at each
    * SET_FEATURES.
@@ -176,7 +204,9 @@ export interface DeviceHost {
   readonly log: DeviceLogger
   /** The device's name in the configuration, unique in the daemon: `net0`. */
   readonly name: string
-  /** Devices of one daemon have the same: a key for what they share. */
+  /** Aborted when the device is about to be closed: what waits for something should stop to. */
+  readonly signal: AbortSignal
+  /** Devices of one daemon have the same: a key for what they share. A device on a thread of its own shares with nobody. */
   readonly daemon: object
   readonly network: NetworkHost
   /** Hands a structured-cloneable message to the queue's handler (`message`); lost when its ring is not started. */

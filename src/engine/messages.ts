@@ -14,6 +14,10 @@ export interface IothreadOptions {
   readonly cpus?: readonly number[]
   /** Don't try io_uring. */
   readonly emulate: boolean
+  /**
+   * Waits in the event loop instead of in the kernel, so that promises, timers and npm libraries work on this thread.
+   */
+  readonly eventLoop: boolean
   /** Eventfd that tells the iothread to look at its messages. */
   readonly wakeFd: number
   readonly counters: SharedArrayBuffer
@@ -94,6 +98,8 @@ export type Request =
   | { readonly kind: 'message'; readonly queue: number; readonly message: unknown }
   /** Imports a queue module ahead of its first ring, which would have to wait for it. */
   | { readonly kind: 'load'; readonly module: string }
+  /** For whom the iothread was started with (`IothreadGuest`); the answer's value is what it resolves to. */
+  | { readonly kind: 'guest'; readonly call: unknown }
   | { readonly kind: 'ping' }
   | { readonly kind: 'stop' }
   /** Ends at once, whatever is in flight; the process is about to end. Not answered. */
@@ -116,7 +122,9 @@ export interface Envelope {
 export type Report =
   /** The iothread runs; `emulated` says on what, `reason` why. */
   | { readonly kind: 'ready'; readonly emulated: boolean; readonly reason?: string }
-  | { readonly kind: 'done'; readonly id: number; readonly value: number }
+  | { readonly kind: 'done'; readonly id: number; readonly value: unknown }
+  /** From the guest of the iothread, by itself. */
+  | { readonly kind: 'guest'; readonly message: unknown }
   /** `ring`: it is a RingError with that code, which the error loses on its way. */
   | { readonly kind: 'failed'; readonly id: number; readonly error: unknown; readonly ring?: RingErrorCode }
   | {

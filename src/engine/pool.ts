@@ -64,6 +64,7 @@ export class IothreadHandle {
       pollMaxUs: options.pollMaxUs,
       ...(cpus === undefined ? {} : { cpus }),
       emulate: options.emulate,
+      eventLoop: false,
       wakeFd: this.#wakeFd,
       counters: this.#counters.buffer,
     }
@@ -81,7 +82,7 @@ export class IothreadHandle {
           this.reason = report.reason
           return ready.resolve()
         case 'done':
-          return this.#answer(report.id)?.resolve(report.value)
+          return this.#answer(report.id)?.resolve(report.value as number)
         case 'failed':
           return this.#answer(report.id)?.reject(
             report.ring === undefined ? report.error : new RingError(report.ring, (report.error as Error).message)

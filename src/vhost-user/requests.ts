@@ -244,7 +244,7 @@ const device: Record<number, RequestRow> = {
         throw new ProtocolError('ERR_PROTOCOL_SIZE', `${payload.byteLength} bytes for a config write of ${size}`)
       }
       const bytes = new Uint8Array(payload.buffer, payload.byteOffset + CONFIG_HEADER, size)
-      session.setConfig(payload.getUint32(0, true), bytes, payload.getUint32(8, true))
+      return session.setConfig(payload.getUint32(0, true), bytes, payload.getUint32(8, true))
     },
     { feature: wire.VHOST_USER_PROTOCOL_F_CONFIG }
   ),

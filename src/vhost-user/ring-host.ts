@@ -36,7 +36,7 @@ export interface RingHost {
   readonly network: NetworkRequests | undefined
   config(): Uint8Array
   /** @param migration the front-end restores the config space of a migrated device: read-only fields may be written */
-  writeConfig(offset: number, bytes: Uint8Array, migration: boolean): boolean
+  writeConfig(offset: number, bytes: Uint8Array, migration: boolean): boolean | Promise<boolean>
   negotiated(features: bigint): void
   reset(): void
   startRing(index: number, start: RingStart): Promise<void>

@@ -322,11 +322,12 @@ export class Session {
   }
 
   /** @param flags VHOST_SET_CONFIG_TYPE_* */
-  setConfig(offset: number, bytes: Uint8Array, flags: number): void {
+  async setConfig(offset: number, bytes: Uint8Array, flags: number): Promise<void> {
     const migration = flags === wire.VHOST_SET_CONFIG_TYPE_MIGRATION
     if (!migration && flags !== wire.VHOST_SET_CONFIG_TYPE_FRONTEND)
       throw new ProtocolError('ERR_PROTOCOL_CONFIG', `flags 0x${flags.toString(16)}`)
-    if (offset + bytes.length > wire.VHOST_USER_MAX_CONFIG_SIZE || !this.host.writeConfig(offset, bytes, migration)) {
+    const fits = offset + bytes.length <= wire.VHOST_USER_MAX_CONFIG_SIZE
+    if (!fits || !(await this.host.writeConfig(offset, bytes, migration))) {
       throw new ProtocolError('ERR_PROTOCOL_CONFIG', `${bytes.length} bytes at ${offset} cannot be written`)
     }
   }

@@ -41,6 +41,7 @@ const host = (change: Partial<DeviceHost> = {}): DeviceHost => ({
   fileInfo,
   name: 'blk0',
   daemon: log,
+  signal: new AbortController().signal,
   network: networkHost,
   send: () => {},
   lockFile,

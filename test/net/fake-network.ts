@@ -49,6 +49,7 @@ export class FakeHost implements DeviceHost {
   readonly packets: Uint8Array[] = []
   readonly name: string = 'net0'
   readonly daemon: object = {}
+  readonly signal = new AbortController().signal
   configChanges = 0
   readonly lines: { level: string; details: object; message: string }[] = []
   /** Links that exist. */

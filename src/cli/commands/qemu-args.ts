@@ -141,6 +141,7 @@ const noNetwork: NetworkHost = {
 export const observer: DeviceHost = {
   name: '',
   daemon: {},
+  signal: new AbortController().signal,
   network: noNetwork,
   send: ignore,
   log: { debug: ignore, info: ignore, warn: ignore, error: ignore },
