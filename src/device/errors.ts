@@ -28,3 +28,12 @@ export class DeviceError extends Error {
     this.code = code
   }
 }
+
+/**
+ * The guest's fault: a request that is too short for what the handler reads, or otherwise not one of its kind. Out of a handler
+ * it breaks the ring (ERR_RING_REQUEST), as QEMU's devices do.
+ */
+export class ChainError extends Error {
+  override readonly name = 'ChainError'
+  readonly code = 'ERR_CHAIN'
+}

@@ -33,7 +33,7 @@ export {
   type Metric,
   type QueueDescription,
 } from './define.ts'
-export { ConfigError, DeviceError } from './errors.ts'
+export { ChainError, ConfigError, DeviceError } from './errors.ts'
 export type { LinkInfo, NetworkHost, TapInfo } from './network.ts'
 export type { CopyBatch, PacketReceiver, PacketSender } from './packets.ts'
 
@@ -353,6 +353,11 @@ export interface QueueContext {
   complete(chain: Chain, written: number, operation: number, bytes: number): void
   /** Counts a failed request. @param kind index into `DeviceDefinition.errors` */
   countError(kind: number): void
+  /**
+   * The handler failed outside of a call by the engine: a promise was rejected. As if it had thrown: the session ends, or
+   * for a {@link ChainError} the ring is broken. @param chain what it was at work on, if that is known
+   */
+  fail(error: unknown, chain?: Chain): void
 }
 
 /** A file that a handler does I/O on. */
