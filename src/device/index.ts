@@ -1,13 +1,14 @@
 /**
  * The device contract: all that a device module imports, in-tree or a stranger's. There are two styles on one engine.
  *
- * The short one is {@link defineDevice}: one object with async handlers on a thread of its own, where promises, timers and any
- * npm library work. The fast one is what it is made of, and what blk and net are. There a device has two halves.
+ * The short one is {@link defineDevice}: one object with async handlers on a thread of its own, where promises, timers
+ * and any npm library work. The fast one is what it is made of, and what blk and net are. There a device has two
+ * halves.
  *
- * - The *control half* ({@link DeviceDefinition}, {@link Device}): options, features, config space, opening of files. That of
- *   a device of virtiod's own lives on the control thread, that of a module on the first thread of its own.
+ * - The *control half* ({@link DeviceDefinition}, {@link Device}): options, features, config space, opening of files.
+ * That of a device of virtiod's own lives on the control thread, that of a module on the first thread of its own.
  * - The *queue half* ({@link QueueHandler}) lives on an iothread, one handler per virtqueue: it takes chains and
- *   completes them. The two share no objects, only what `queueData` carries (numbers, SharedArrayBuffers).
+ * completes them. The two share no objects, only what `queueData` carries (numbers, SharedArrayBuffers).
  *
  * The engine owns what surrounds a request: popping, notification suppression, publishing, calls, in-flight accounting,
  * broken rings. A handler sees a valid chain and answers it with {@link QueueContext.complete}.
@@ -87,6 +88,11 @@ export interface DeviceDefinition<Options = unknown, QueueData = unknown> {
   /** Metrics beside those that every device has, see {@link Device.samples}. */
   readonly metrics?: readonly DeviceMetric[]
   /**
+   * As {@link Device.qemu}, when it can be told without opening anything: `virtiod qemu-args` works beside a running
+   * daemon, which has the device's files, sockets and ports already.
+   */
+  qemu?(options: Options): QemuDevice
+  /**
    * Opens what the options name. Nothing is served yet.
    * @throws ConfigError naming the option and the fix: the daemon exits with 2 before it binds a socket.
    */
@@ -112,8 +118,9 @@ export interface DeviceSample {
 }
 
 /**
- * One device of a running daemon, on the control thread. It lives from start to shutdown, over any number of
- * sessions.
+ * The control half of one device of a running daemon. It lives from start to shutdown, over any number of sessions.
+ * What a method throws or rejects with ends the session, or the step (a migration, a handover, the start) that it was
+ * called for.
  */
 export interface Device<QueueData = unknown> {
   /** Device-specific feature bits (virtio 1.3 §5); the engine adds those of rings and transport. */
@@ -146,24 +153,27 @@ export interface Device<QueueData = unknown> {
   /** The session ended or RESET_DEVICE came: back to the state after `open`. All queues are stopped. */
   reset?(): void
   /**
-   * What a migration or a handover to a new version carries over, beside memory and rings. All queues are stopped. Without it the
-   * device has no state. Together with `loadState`.
+   * What a migration or a handover to a new version carries over, beside memory and rings. All queues are stopped.
+   * Without it the device has no state. Together with `loadState`.
    */
   saveState?(): Uint8Array | Promise<Uint8Array>
-  /** Takes over what `saveState` of the same device elsewhere returned. @throws an Error when it can't: the migration fails */
+  /**
+   * Takes over what `saveState` of the same device elsewhere returned. @throws an Error when it can't: the migration
+   * fails
+   */
   loadState?(state: Uint8Array): void | Promise<void>
   /**
    * Handover, in the process that is replaced: all queues are stopped; whatever the successor will write (a capture
    * file) is finished. Either `takeBack` comes next, or nothing but the end of the process: not even `close`.
    */
-  letGo?(): void
+  letGo?(): void | Promise<void>
   /** The handover failed: the device goes on. Queues start after it. */
-  takeBack?(): void
+  takeBack?(): void | Promise<void>
   /**
    * Handover, in the new process: the predecessor has let go for good. Until then nothing that was kept for this
    * device (`DeviceHost.handover`) may be changed: the predecessor serves with it, and may have to go on.
    */
-  takeOver?(): void
+  takeOver?(): void | Promise<void>
   /** A ring was started and enabled, or is so no longer. */
   ringActive?(queueIndex: number, active: boolean): void
   /** A handler said something, by `QueueContext.report`. */
@@ -171,20 +181,20 @@ export interface Device<QueueData = unknown> {
   /** Values for `DeviceDefinition.metrics`, when somebody asks for metrics. */
   samples?(): Iterable<DeviceSample>
   /** SIGHUP: look at the backing store again. Returns true when the config space changed, and the driver is told. */
-  refresh?(): boolean
+  refresh?(): boolean | Promise<boolean>
   /**
    * Lines of QEMU's command line beside chardev and memory, e.g. `vhost-user-blk-pci,num-queues=4`; see {@link
    * QemuDevice}.
    */
   qemu?(): QemuDevice
   /** Releases files. All queues are stopped. */
-  close(): void
+  close(): void | Promise<void>
 }
 
 /** vhost-user.rst "SEND_RARP" and "NET_SET_MTU". */
 export interface NetworkRequests {
   /** NET_SET_MTU. Returns false to refuse it. */
-  setMtu(mtu: number): boolean
+  setMtu(mtu: number): boolean | Promise<boolean>
   /** SEND_RARP: the guest with this MAC (6 bytes) has moved here and can't announce itself. */
   announce(mac: Uint8Array): void
 }
@@ -199,14 +209,16 @@ export interface QemuDevice {
   readonly netdev?: Readonly<Record<string, string | number>>
 }
 
-/** What the daemon offers to a device's control half. */
+/** What the daemon offers to a device's control half, from `open` on. */
 export interface DeviceHost {
   readonly log: DeviceLogger
   /** The device's name in the configuration, unique in the daemon: `net0`. */
   readonly name: string
   /** Aborted when the device is about to be closed: what waits for something should stop to. */
   readonly signal: AbortSignal
-  /** Devices of one daemon have the same: a key for what they share. A device on a thread of its own shares with nobody. */
+  /**
+   * Devices of one daemon have the same: a key for what they share. A device on a thread of its own shares with nobody.
+   */
   readonly daemon: object
   readonly network: NetworkHost
   /** Hands a structured-cloneable message to the queue's handler (`message`); lost when its ring is not started. */
@@ -237,8 +249,8 @@ export interface HandoverFiles {
   /** Before the fds are closed. */
   forget(key: string): void
   /**
-   * What the predecessor kept under `key`, once; the fds are the caller's now. Undefined: there is no predecessor, or it
-   * kept nothing of that key.
+   * What the predecessor kept under `key`, once; the fds are the caller's now. Undefined: there is no predecessor, or
+   * it kept nothing of that key.
    */
   take(key: string): InheritedFiles | undefined
 }
@@ -279,8 +291,8 @@ interface CommonHandler {
 }
 
 /**
- * One virtqueue whose chains are requests: it has `handle` or `handleBatch`. Methods must not throw (that ends the session), block or allocate per
- * request.
+ * One virtqueue whose chains are requests: it has `handle` or `handleBatch`. Methods must not throw (that ends the
+ * session), block or allocate per request.
  */
 export interface QueueHandler extends CommonHandler {
   /**
@@ -290,8 +302,8 @@ export interface QueueHandler extends CommonHandler {
    */
   handle?(chain: Chain): void
   /**
-   * Takes `count` chains at once instead of one by `handle`, so that one native call can serve them all. The array is used again
-   * after it returns.
+   * Takes `count` chains at once instead of one by `handle`, so that one native call can serve them all. The array is
+   * used again after it returns.
    */
   handleBatch?(chains: readonly Chain[], count: number): void
   /**
@@ -333,7 +345,9 @@ export interface QueueContext {
   readonly io: DeviceIo
   /** The ring is started, enabled, whole and not paused: chains can be taken. */
   readonly active: boolean
-  /** For a {@link ReceiveHandler}: the next chain, undefined when there is none. It is in flight until it is completed. */
+  /**
+   * For a {@link ReceiveHandler}: the next chain, undefined when there is none. It is in flight until it is completed.
+   */
   take(): Chain | undefined
   /** Puts back the chain that was taken last, unused. Chains go back in reverse order. */
   untake(chain: Chain): void
@@ -354,8 +368,8 @@ export interface QueueContext {
   /** Counts a failed request. @param kind index into `DeviceDefinition.errors` */
   countError(kind: number): void
   /**
-   * The handler failed outside of a call by the engine: a promise was rejected. As if it had thrown: the session ends, or
-   * for a {@link ChainError} the ring is broken. @param chain what it was at work on, if that is known
+   * The handler failed outside of a call by the engine: a promise was rejected. As if it had thrown: the session ends,
+   * or for a {@link ChainError} the ring is broken. @param chain what it was at work on, if that is known
    */
   fail(error: unknown, chain?: Chain): void
 }
@@ -397,8 +411,8 @@ export interface DeviceIo {
   /** For copies between chains and buffers, many per native call. @param capacity pieces per batch */
   copyBatch(capacity: number): CopyBatch
   /**
-   * `length` zeroed bytes, page-aligned: allocate at start, not per request. They are there as long as somebody refers to the buffer, so
-   * keep it while its address is in use.
+   * `length` zeroed bytes, page-aligned: allocate at start, not per request. They are there as long as somebody refers
+   * to the buffer, so keep it while its address is in use.
    */
   allocate(length: number): IoBuffer
   /** Reads the file from `offset` into bytes [start, start + length) of the chain's device-writable part. */
