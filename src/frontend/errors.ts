@@ -2,8 +2,11 @@
  * What goes wrong at the front-end's side: which request failed and how. It knows no sockets.
  */
 
-/** How a request failed. `closed`: the back-end hung up. `nack`: it answered a REPLY_ACK with a value other than 0. */
-export type FrontendFailure = 'connect' | 'timeout' | 'closed' | 'nack' | 'reply' | 'unsupported' | 'system'
+/**
+ * How a request failed. `closed`: the back-end hung up. `nack`: it answered a REPLY_ACK with a value other than 0.
+ * `broken`: it gave a ring up.
+ */
+export type FrontendFailure = 'connect' | 'timeout' | 'closed' | 'nack' | 'reply' | 'broken' | 'unsupported' | 'system'
 
 /** A vhost-user request, or a virtio request on a ring, that did not get the answer it should. */
 export class FrontendError extends Error {

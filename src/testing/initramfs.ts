@@ -1,9 +1,8 @@
 /**
- * The guest's user space: an initramfs of busybox, the real tools of this machine with the libraries they need, and the
- * kernel modules: for a virtio disk with ext4, or for a virtio network card. Owns the cpio format, module order and
- * /init; knows nothing of QEMU.
+ * The guest's user space: an initramfs of busybox, tools of this machine with the libraries they need, and kernel modules,
+ * as the test asks for them. Owns module order and /init; knows nothing of QEMU.
  *
- * The archive is built once and cached under a key of everything that goes into it. What differs per boot (the script)
+ * The archive is built once and cached under a key of everything that goes into it. What differs per boot (script, files)
  * is a second small cpio: the kernel unpacks concatenated archives one after the other.
  */
 import { execFileSync } from 'node:child_process'
@@ -20,22 +19,36 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { basename, join } from 'node:path'
-import { cacheDir, findCommand, findGuestFiles, type GuestFiles } from '../setup/prerequisites.ts'
+import { type CpioEntry, cpio } from './cpio.ts'
+import { cacheDirectory, findCommand, findGuestFiles, type GuestFiles } from './guest-files.ts'
 
-/** What the guest is for. One archive for all would cost each boot the unpacking of what it doesn't use. */
-export type GuestKind = 'disk' | 'network'
+/**
+ * What the guest has at least: `bare` = busybox and the PCI transport; `disk` = virtio_blk, ext4 and the tools for file
+ * systems and partitions; `network` = virtio_net, ip, ethtool and iperf3.
+ */
+export type GuestKind = 'bare' | 'disk' | 'network'
+
+export interface InitramfsOptions {
+  /** Default: `bare`. */
+  readonly kind?: GuestKind
+  /** Programs of this machine to have in the guest besides, by name; they come with their shared libraries. */
+  readonly tools?: readonly string[]
+  /**
+   * Kernel modules to load besides, by name, in this order; those that they depend on come first. One that the kernel has
+   * built in needs no loading.
+   */
+  readonly modules?: readonly string[]
+}
 
 interface Contents {
   /** Tools that busybox has not, or has in a simpler version. */
   readonly tools: readonly string[]
-  /**
-   * Roots of the module tree; their dependencies come first. A name that the kernel has built in, or has not, is left
-   * out.
-   */
+  /** Roots of the module tree. One that this kernel has not is left out: a checksum may have no faster version. */
   readonly modules: readonly string[]
 }
 
 const contents: Readonly<Record<GuestKind, Contents>> = {
+  bare: { tools: [], modules: ['virtio_pci'] },
   disk: {
     tools: ['mke2fs', 'e2fsck', 'sfdisk', 'blkid', 'blkdiscard', 'fstrim'],
     modules: ['crc32c_intel', 'virtio_pci', 'virtio_blk', 'ext4'],
@@ -87,16 +100,20 @@ sync
 poweroff -f
 `
 
-/** The path of the base archive, built when there is none for this content yet. */
-export function initramfs(kind: GuestKind = 'disk', guest: GuestFiles | undefined = findGuestFiles()): string {
-  if (guest === undefined) throw new Error('no guest kernel; run: node test/setup/prerequisites.ts')
-  const { tools, modules } = contents[kind]
+/**
+ * The path of the base archive, built when there is none for this content yet.
+ * @throws an Error when a tool or a module is missing
+ */
+export function initramfs(options: InitramfsOptions = {}, guest: GuestFiles | undefined = findGuestFiles()): string {
+  if (guest === undefined) throw new Error('there is no guest kernel: fetchGuestKernel() downloads one')
+  const base = contents[options.kind ?? 'bare']
+  const tools = [...new Set([...base.tools, ...(options.tools ?? [])])]
   // Debian's busybox shell takes its own applet before a program in PATH; a function comes before both.
   const prelude = tools.map((tool) => `${tool}() { /bin/${tool} "$@"; }\n`).join('')
-  const moduleFiles = orderModules(guest.modules, modules)
+  const moduleFiles = orderModules(guest, base.modules, options.modules ?? [])
   const programs = tools.map((tool) => {
     const path = findCommand(tool)
-    if (path === undefined) throw new Error(`${tool} is missing; run: node test/setup/prerequisites.ts`)
+    if (path === undefined) throw new Error(`${tool}, which the guest shall have, is not installed here`)
     return path
   })
   const libraries = [...new Set(programs.flatMap(sharedLibraries))]
@@ -106,6 +123,7 @@ export function initramfs(kind: GuestKind = 'disk', guest: GuestFiles | undefine
     const stat = statSync(file)
     hash.update(`${file} ${stat.size} ${stat.mtimeMs}\n`)
   }
+  const cacheDir = cacheDirectory()
   const path = join(cacheDir, `initramfs-${hash.digest('hex').slice(0, 16)}.cpio`)
   if (existsSync(path)) return path
 
@@ -152,53 +170,14 @@ export function initramfs(kind: GuestKind = 'disk', guest: GuestFiles | undefine
 /** Change it when this file builds something else from the same ingredients. */
 const buildVersion = 1
 
-/** One thing in an archive. */
-export type CpioEntry = { readonly name: string } & (
-  | { readonly data: string | Uint8Array; readonly mode?: number }
-  | { readonly directory: true }
-  | { readonly link: string }
-  | { readonly device: readonly [major: number, minor: number] }
-)
-
-/**
- * A cpio archive in the "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst), padded to 512
- * bytes.
- */
-export function cpio(entries: readonly CpioEntry[]): Buffer {
-  const parts: Buffer[] = []
-  let size = 0
-  let inode = 1
-  const push = (part: Buffer, align: number): void => {
-    const padding = -part.length & (align - 1)
-    parts.push(part, Buffer.alloc(padding))
-    size += part.length + padding
-  }
-  const add = (name: string, mode: number, data: Buffer, device: readonly [number, number] = [0, 0]): void => {
-    const fields = [inode++, mode, 0, 0, 1, 0, data.length, 0, 0, device[0], device[1], name.length + 1, 0]
-    const header = `070701${fields.map((field) => field.toString(16).padStart(8, '0')).join('')}${name}\0`
-    push(Buffer.from(header, 'latin1'), 4)
-    push(data, 4)
-  }
-  for (const entry of entries) {
-    if ('directory' in entry) add(entry.name, 0o040755, Buffer.alloc(0))
-    else if ('link' in entry) add(entry.name, 0o120777, Buffer.from(entry.link))
-    else if ('device' in entry) add(entry.name, 0o020600, Buffer.alloc(0), entry.device)
-    else add(entry.name, 0o100000 | (entry.mode ?? 0o644), Buffer.from(entry.data))
-  }
-  add('TRAILER!!!', 0, Buffer.alloc(0))
-  push(Buffer.alloc(-size & 511), 1)
-  return Buffer.concat(parts)
-}
-
 /**
  * The module files to load, dependencies first. Read from the modules' own `depends=` and `softdep=pre:` words rather
  * than from modules.dep: the package ships none, and depmod is one more thing to install.
  */
-function orderModules(directory: string, roots: readonly string[]): string[] {
+function orderModules(guest: GuestFiles, optional: readonly string[], required: readonly string[]): string[] {
   const files = new Map<string, string>()
-  for (const file of readdirSync(directory, { recursive: true, encoding: 'utf8' })) {
-    if (/\.ko(\.[a-z0-9]+)?$/.test(file))
-      files.set(moduleName(file).replace(/\.ko$/, '').replaceAll('-', '_'), join(directory, file))
+  for (const file of readdirSync(guest.modules, { recursive: true, encoding: 'utf8' })) {
+    if (/\.ko(\.[a-z0-9]+)?$/.test(file)) files.set(plainName(file), join(guest.modules, file))
   }
   const order: string[] = []
   const seen = new Set<string>()
@@ -209,11 +188,29 @@ function orderModules(directory: string, roots: readonly string[]): string[] {
     const text = readModule(file).toString('latin1')
     const depends = /\0depends=([^\0]*)\0/.exec(text)?.[1]?.split(',') ?? []
     const soft = [...text.matchAll(/\0softdep=pre: ?([^\0]*)\0/g)].flatMap((match) => match[1]?.split(' ') ?? [])
-    for (const other of [...depends, ...soft]) visit(other.trim().replaceAll('-', '_'))
+    for (const other of [...depends, ...soft]) visit(plainName(other.trim()))
     order.push(file)
   }
-  for (const name of roots) visit(name)
+  for (const name of [...optional, ...required]) visit(plainName(name))
+  for (const name of required) {
+    if (seen.has(plainName(name)) || isBuiltIn(guest, plainName(name))) continue
+    throw new Error(`the guest kernel ${guest.kernelVersion} has no module ${name}`)
+  }
   return order
+}
+
+/** The package's list of what is part of the kernel. One without a list: whatever is no module is taken for built in. */
+function isBuiltIn(guest: GuestFiles, name: string): boolean {
+  const list = join(guest.modules, 'modules.builtin')
+  if (!existsSync(list)) return true
+  return readFileSync(list, 'utf8')
+    .split('\n')
+    .some((file) => plainName(file) === name)
+}
+
+/** As the kernel calls it, whatever its file is called: `kernel/drivers/virtio-rng.ko.xz` is virtio_rng. */
+function plainName(file: string): string {
+  return moduleName(file).replace(/\.ko$/, '').replaceAll('-', '_')
 }
 
 function moduleName(file: string): string {
