@@ -1,2 +1,4 @@
-/** The constants of virtio-blk, for devices: they import from `src/device` only. */
+/** virtio-blk for devices: the constants of the specification, and the serving of requests in the short style. */
+
 export * from '../virtio/blk.ts'
+export * from './blk-disk.ts'
