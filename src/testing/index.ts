@@ -45,5 +45,4 @@ export {
 export type { GuestKind, InitramfsOptions } from './initramfs.ts'
 export { type TestDevice, type TestDeviceOptions, testDevice } from './plain.ts'
 export type { LogLine } from './plain-host.ts'
-export { qemuForInput } from './qemu-copy.ts'
 export { type Reply, UNTOUCHED } from './reply.ts'

@@ -5,10 +5,11 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Guest, qemuForInput, startGuest, startVirtiod, type VirtiodProcess, vhostUserArgs } from 'virtiod/testing'
+import { type Guest, startGuest, startVirtiod, type VirtiodProcess, vhostUserArgs } from 'virtiod/testing'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { ControlClient } from '../input/client.ts'
 import { whyNoGuest } from '../setup/prerequisites.ts'
+import { qemuForInput } from './qemu-copy.ts'
 
 const dir = mkdtempSync(join(tmpdir(), 'virtiod-input-guest-'))
 const KINDS = ['keyboard', 'mouse', 'tablet'] as const

@@ -16,7 +16,7 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { dirname, join } from 'node:path'
-import { cacheDirectory, findCommand } from './guest-files.ts'
+import { cacheDirectory, findCommand } from '../../src/testing/guest-files.ts'
 
 /** What asks, and the two variables that it looks at (backends/vhost-user.c). */
 const FUNCTION = 'vhost_user_backend_dev_init'

@@ -9,6 +9,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
 import { Daemon } from '../crash/daemon.ts'
+import { whyNoGuest } from '../setup/prerequisites.ts'
 import { diskArgs } from './backend.ts'
 import { startGuest } from './guest.ts'
 import { WritingGuest } from './writing.ts'
@@ -20,7 +21,9 @@ const modules = fileURLToPath(new URL('../fixtures/modules/', import.meta.url))
 const directory = mkdtempSync(join(tmpdir(), 'virtiod-reload-'))
 afterAll(() => rmSync(directory, { recursive: true, force: true }))
 
-test.each([['split', ''], ...(asked === undefined ? [] : [['packed', ',packed=on']])])(
+test
+  .skipIf(whyNoGuest() !== undefined)
+  .each([['split', ''], ...(asked === undefined ? [] : [['packed', ',packed=on']])])(
   'the guest writes on, every checksum is right: %s rings',
   { timeout: 60_000 + count * 3000 },
   async (_, options) => {

@@ -12,12 +12,12 @@ import {
   findGuestFiles,
   type Guest,
   missingPrerequisites,
-  qemuForInput,
   runGuest,
   startGuest,
   vhostUserArgs,
 } from 'virtiod/testing'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { qemuForInput } from '../guest/qemu-copy.ts'
 import { findCommand, whyNoGuest } from '../setup/prerequisites.ts'
 
 test('the words that attach a device', () => {
