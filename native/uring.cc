@@ -144,7 +144,7 @@ class KernelRing final : public Ring {
   ~KernelRing() override { Close(); }
 
   /** 0 or an errno. */
-  int Setup(unsigned entries, unsigned cqEntries);
+  int Setup(unsigned entries, unsigned cqEntries, bool pollable);
   int Enter() override;
   int RegisterFile(unsigned slot, int file) override;
   void Close() override;
@@ -157,14 +157,19 @@ class KernelRing final : public Ring {
   bool filesRegistered_ = false;
 };
 
-int KernelRing::Setup(unsigned entries, unsigned cqEntries) {
+int KernelRing::Setup(unsigned entries, unsigned cqEntries, bool pollable) {
+  constexpr unsigned kDeferred =
+      IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL;
   constexpr unsigned kAttempts[] = {
-      IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
+      kDeferred,
       IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,
       0,
   };
   struct io_uring_params params;
   for (unsigned flags : kAttempts) {
+    // Deferred work is a completion only after `Enter`, and nobody who polls the fd is woken for it. A registered eventfd is
+    // no way out: on Linux 6.18 it is signalled just once for polls that an eventfd's write ends.
+    if (pollable && flags == kDeferred) continue;
     memset(&params, 0, sizeof params);
     params.flags = flags | IORING_SETUP_CQSIZE;
     params.cq_entries = cqEntries;
@@ -358,6 +363,7 @@ static Napi::Value RingSetup(const Napi::CallbackInfo& info) {
   unsigned entries = static_cast<unsigned>(args.Integer(0, "entries", 1, 1 << 20));
   unsigned cqEntries = static_cast<unsigned>(args.Integer(1, "cqEntries", 1, 1 << 20));
   bool emulate = args.Bool(2, "emulate");
+  bool pollable = info.Length() > 3 && args.Bool(3, "pollable");
   if (args.failed() || !HaveExternalSharedArrayBuffer(info.Env())) return Undefined(info);
   // The kernel rounds both up to powers of two and refuses a completion queue that is then the smaller one.
   cqEntries = std::max(entries, cqEntries);
@@ -366,7 +372,7 @@ static Napi::Value RingSetup(const Napi::CallbackInfo& info) {
     return ring == nullptr ? Result(info, -1) : RingObject(info.Env(), std::move(ring));
   }
   auto ring = std::make_shared<KernelRing>();
-  int error = ring->Setup(entries, cqEntries);
+  int error = ring->Setup(entries, cqEntries, pollable);
   return error != 0 ? Number(info, -error) : RingObject(info.Env(), std::move(ring));
 }
 

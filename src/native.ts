@@ -26,7 +26,8 @@ export interface NativeMapping {
 /** What {@link Native.ringSetup} returns: an io_uring (or its emulation by plain system calls), mapped. */
 export interface NativeRing {
   /**
-   * The ring's fd; for the emulation the fd of its epoll instance. Either is readable when completions can be reaped.
+   * The ring's fd; for the emulation the fd of its epoll instance. Either is readable when completions can be reaped; of an
+   * io_uring that is not `pollable` nobody is told when it becomes so.
    */
   readonly fd: number
   /** The submission and completion ring (IORING_FEAT_SINGLE_MMAP). All offsets below are byte offsets into it. */
@@ -247,10 +248,10 @@ export interface Native {
    * (always with CQSIZE), maps the rings, fills the SQ index array with the identity, registers the ring fd and an
    * empty fixed-file table of 64 slots where the kernel has them. Must run on the thread that will call `enter`.
    * `emulate`: no io_uring at all; `enter` executes the same entries one by one by preadv, pwritev, fdatasync,
-   * fallocate, … and waits in epoll (edge-triggered, the semantics of a multishot poll). -ENOSYS / -EPERM: this
-   * kernel or container has no io_uring.
+   * fallocate, … and waits in epoll (edge-triggered, the semantics of a multishot poll). `pollable` (default false): the ring's
+   * fd is to be polled, so without DEFER_TASKRUN. -ENOSYS / -EPERM: this kernel or container has no io_uring.
    */
-  ringSetup(entries: number, cqEntries: number, emulate: boolean): NativeRing | number
+  ringSetup(entries: number, cqEntries: number, emulate: boolean, pollable?: boolean): NativeRing | number
 
   // ---- packets (hot path: once per batch)
   /** A list of up to `capacity` (1 … 2^20) copies, and what runs them. -errno when there is no memory for it. */

@@ -1,6 +1,6 @@
 /**
- * The chains of a ring that use translated memory, to find out whether one of them still uses a range that the IOTLB is
- * to forget. Kept only behind a vIOMMU.
+ * The chains of a ring that are in flight: to find out whether one of them still uses a range that the IOTLB is to forget,
+ * and which one is the oldest. Kept only behind a vIOMMU, and for devices that may hang.
  */
 import type { Chain } from '../device/index.ts'
 
@@ -14,6 +14,14 @@ export class InFlightChains {
 
   popped(chain: Chain): void {
     this.#chains[chain.head] = chain
+  }
+
+  /** The one that was popped first. */
+  get oldest(): Chain | undefined {
+    let oldest: Chain | undefined
+    for (const chain of this.#chains)
+      if (chain?.inFlight === true && (oldest === undefined || chain.poppedAt < oldest.poppedAt)) oldest = chain
+    return oldest
   }
 
   /** Whether a buffer of a chain in flight lies in [address, address + size). */

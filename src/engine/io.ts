@@ -24,7 +24,15 @@ export interface FdWatcher {
   unwatch(fd: number): void
 }
 
+/** What it needs of the iothread; see QueueOwner. */
+export interface IoOwner {
+  readonly ring: IoRing
+  readonly serving: boolean
+  stir(): void
+}
+
 export class Io implements DeviceIo {
+  readonly #owner: IoOwner
   readonly #ring: IoRing
   readonly #watcher: FdWatcher
   readonly #queue: number
@@ -37,8 +45,9 @@ export class Io implements DeviceIo {
   #segment = 0
   #skip = 0
 
-  constructor(ring: IoRing, queue: number, tag: number, watcher: FdWatcher) {
-    this.#ring = ring
+  constructor(owner: IoOwner, queue: number, tag: number, watcher: FdWatcher) {
+    this.#owner = owner
+    this.#ring = owner.ring
     this.#watcher = watcher
     this.#queue = queue << 16
     this.#tag = tag
@@ -72,10 +81,13 @@ export class Io implements DeviceIo {
   }
 
   watch(fd: number): void {
+    if (this.#ended) return
+    if (!this.#owner.serving) this.#owner.stir()
     this.#watcher.watch(fd)
   }
 
   unwatch(fd: number): void {
+    if (!this.#owner.serving) this.#owner.stir()
     this.#watcher.unwatch(fd)
   }
 
@@ -179,6 +191,7 @@ export class Io implements DeviceIo {
   }
 
   #user(chain: Chain): number {
+    if (!this.#owner.serving) this.#owner.stir()
     this.outstanding++
     return this.#queue | chain.head
   }

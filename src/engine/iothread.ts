@@ -1,27 +1,31 @@
 /**
- * The loop of one iothread: reap completions, publish, pop, submit, and sleep or poll when there is nothing to do. It
- * serves any number of queues of any number of sessions, and obeys the control thread between rounds. It must not
- * know devices or sockets.
+ * One iothread: rounds of work for any number of queues of any number of sessions (reap completions, publish, pop), and
+ * obedience to the control thread between them. How it waits when there is nothing to do is in kernel-wait.ts and
+ * event-loop-wait.ts. It must not know devices or sockets.
  */
-import { inspect } from 'node:util'
 import { type MessagePort, receiveMessageOnPort } from 'node:worker_threads'
-import type { CreateQueueHandler } from '../device/index.ts'
+import type { Chain, CreateQueueHandler } from '../device/index.ts'
 import { native, systemError } from '../native.ts'
-import { RingError } from '../virtio/errors.ts'
+import type { RingError } from '../virtio/errors.ts'
+import { AtWork } from './at-work.ts'
 import { IothreadCounters } from './counters.ts'
+import { EventLoopWait } from './event-loop-wait.ts'
+import { serveFromKernel } from './kernel-wait.ts'
 import type { Envelope, IothreadOptions, LogArea, Report, Request, StartQueue } from './messages.ts'
 import { AdaptivePoll } from './poll.ts'
+import { portable } from './portable.ts'
 import { Queue, type QueueOwner } from './queue.ts'
 import type { QueueNotifications } from './queue-notifications.ts'
 import { type CompletionSink, IORING_CQE_F_MORE, IoRing } from './ring.ts'
+import { microseconds, type Rounds } from './rounds.ts'
 import { SessionState } from './session-state.ts'
 import { OP_CANCEL_LOG, OP_LOG, OP_WAKE } from './tags.ts'
 
-/** The global is a getter, which costs as much as the clock itself. */
-const clock = performance
-
-/** Spins between two looks at the clock. */
-const SPINS_PER_CLOCK = 8
+/** What `import` of a queue module, or of a device in one file, may have. */
+interface QueueModule {
+  readonly createQueueHandler?: CreateQueueHandler
+  readonly default?: { readonly createQueueHandler?: CreateQueueHandler }
+}
 
 /** An answer that is due when something came to rest. */
 interface Waiter {
@@ -30,16 +34,32 @@ interface Waiter {
   finish(): number
 }
 
-export class Iothread implements CompletionSink, QueueOwner {
+/** Who lives on an iothread beside its queues: the control half of a device whose thread this is. */
+export interface IothreadGuest {
+  /**
+   * A request of its own from the control thread ({@link IothreadHandle.call}). The answer is what it returns or what the promise
+   * resolves to, structured-cloneable; what it throws or rejects with becomes the failure. Queues are served while a
+   * promise is pending.
+   */
+  call(call: unknown): unknown
+}
+
+export class Iothread implements CompletionSink, QueueOwner, Rounds {
   readonly ring: IoRing
   readonly oneAddress: number
+  readonly poll: AdaptivePoll
+  readonly counters: IothreadCounters
+  readonly atWork: AtWork | undefined
   now = 0
+  serving = true
+  controlPending = true
+  kickless = false
   /** SAFETY: keeps the memory at `oneAddress`: without a reference the garbage collector unmaps it. */
   readonly #one: BigUint64Array
   readonly #port: MessagePort
   readonly #wakeFd: number
-  readonly #poll: AdaptivePoll
-  readonly #counters: IothreadCounters
+  readonly #eventLoop: boolean
+  readonly #guest: IothreadGuest | undefined
   /** By id, for completions; and all of them, for the rounds. */
   readonly #byId: (Queue | undefined)[] = []
   readonly #queues: Queue[] = []
@@ -50,22 +70,27 @@ export class Iothread implements CompletionSink, QueueOwner {
   readonly #calls: QueueNotifications[] = []
   readonly #modules = new Map<string, CreateQueueHandler>()
   #waiters: Waiter[] = []
-  #controlPending = true
   #generation = 0
-  #kickless = false
+  /** Calls of the guest that are not yet answered. */
+  #guestCalls = 0
+  /** There once it was needed: it has a helper thread. */
+  #loop: EventLoopWait | undefined
   #stopped = false
 
-  constructor(port: MessagePort, options: IothreadOptions) {
+  /** @param guest makes the guest, before the control thread hears that the iothread is ready */
+  constructor(port: MessagePort, options: IothreadOptions, guest?: (thread: Iothread) => IothreadGuest) {
     this.#port = port
     this.#wakeFd = options.wakeFd
-    this.#poll = new AdaptivePoll(options.pollMaxUs)
-    this.#counters = new IothreadCounters(options.counters)
+    this.#eventLoop = options.eventLoop
+    this.poll = new AdaptivePoll(options.pollMaxUs)
+    this.counters = new IothreadCounters(options.counters)
+    this.atWork = options.atWork && new AtWork(options.atWork)
     native.setThreadName(`iothread${options.index}`)
     if (options.cpus !== undefined) {
       const result = native.setAffinity(Int32Array.from(options.cpus))
       if (result < 0) throw systemError(result, 'sched_setaffinity', `cannot run on CPUs ${options.cpus.join(',')}`)
     }
-    const { ring, reason } = openRing(options.emulate)
+    const { ring, reason } = openRing(options.emulate, options.eventLoop)
     this.ring = ring
     const one = native.allocate(8)
     if (typeof one === 'number') throw systemError(one, 'mmap', 'cannot allocate memory')
@@ -73,14 +98,17 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.#one[0] = 1n
     this.oneAddress = one.address
     this.#listen()
+    this.#guest = guest?.(this)
     this.#report({ kind: 'ready', emulated: ring.emulated, ...(reason === undefined ? {} : { reason }) })
   }
 
   /** Serves until the control thread says stop. */
   async run(): Promise<void> {
     while (!this.#stopped) {
-      this.#serve()
-      this.#controlPending = false
+      // In the kernel no promise of the guest's would go on.
+      if (this.#eventLoop || this.#guestCalls > 0) await this.#waitInLoop()
+      else serveFromKernel(this)
+      this.controlPending = false
       native.eventfdRead(this.#wakeFd)
       for (;;) {
         const message = receiveMessageOnPort(this.#port) as { message: Envelope } | undefined
@@ -89,18 +117,33 @@ export class Iothread implements CompletionSink, QueueOwner {
         try {
           await this.#obey(id, request)
         } catch (error) {
-          const ring = error instanceof RingError ? { ring: error.code } : {}
-          this.#report({ kind: 'failed', id, error: portable(error), ...ring })
+          this.#failed(id, error)
         }
       }
     }
+    this.#loop?.close()
     this.ring.close()
     this.#port.close()
   }
 
+  /** Tells the control thread something of the guest's (`OwnThreadEvents.message`). @param message structured-cloneable */
+  say(message: unknown): void {
+    this.#report({ kind: 'guest', message })
+  }
+
+  /** The queue half of a module that this thread has loaded already; `url` as in StartQueue.module. */
+  provide(url: string, createQueueHandler: CreateQueueHandler): void {
+    this.#modules.set(url, createQueueHandler)
+  }
+
+  stir(): void {
+    this.now = microseconds()
+    this.#loop?.stir()
+  }
+
   completion(low: number, high: number, result: number, flags: number): void {
     if (high === OP_WAKE) {
-      this.#controlPending = true
+      this.controlPending = true
       if ((flags & IORING_CQE_F_MORE) === 0) this.#listen()
       return
     }
@@ -108,8 +151,7 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.#byId[low >>> 16]?.completion(low, high, result, flags)
   }
 
-  ringBroke(queue: Queue): void {
-    const { code, message } = queue.vring.error!
+  ringBroke(queue: Queue, { code, message }: RingError): void {
     this.#report({ kind: 'ringBroken', session: queue.session, index: queue.queueIndex, code, message })
   }
 
@@ -122,89 +164,67 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.#calls.push(notifications)
   }
 
-  deviceFailed(queue: Queue, error: unknown): void {
-    this.#report({ kind: 'deviceFailed', session: queue.session, index: queue.queueIndex, error: portable(error) })
+  deviceFailed(queue: Queue, error: unknown, chain: Chain | undefined): void {
+    this.#report({
+      kind: 'deviceFailed',
+      session: queue.session,
+      index: queue.queueIndex,
+      error: portable(error),
+      ...(chain !== undefined && { chain: chain.head }),
+    })
   }
 
   reported(queue: Queue, message: unknown): void {
     this.#report({ kind: 'reported', session: queue.session, index: queue.queueIndex, message })
   }
 
-  /** Rounds of work until a control message is waiting. */
-  #serve(): void {
-    const ring = this.ring
+  round(): number {
     const queues = this.#queues
-    while (!this.#controlPending) {
-      this.now = microseconds()
-      let work = ring.reap(this)
-      // First what is done, so that the driver goes on while we look for more; its call is the first entry of the
-      // next submission.
-      for (let i = 0; i < queues.length; i++) {
-        const queue = queues[i]!
+    this.now = microseconds()
+    let work = this.ring.reap(this)
+    // First what is done, so that the driver goes on while we look for more; its call is the first entry of the
+    // next submission.
+    for (let i = 0; i < queues.length; i++) {
+      const queue = queues[i]!
+      queue.publish()
+      if (queue.served) {
+        work += queue.drain()
         queue.publish()
-        if (queue.served) {
-          work += queue.drain()
-          queue.publish()
-        }
       }
-      // A handler may have given chains of another queue: a switch does.
-      if (work > 0) for (let i = 0; i < queues.length; i++) queues[i]!.publish()
+    }
+    // A handler may have given chains of another queue: a switch does.
+    if (work > 0) for (let i = 0; i < queues.length; i++) queues[i]!.publish()
+    this.#tell()
+    if (this.#waiters.length > 0) {
+      this.#settle()
       this.#tell()
-      if (this.#waiters.length > 0) {
-        this.#settle()
-        this.#tell()
-      }
-      if (ring.pending > 0) {
-        // Without polling the submission is the wait as well.
-        if (this.#poll.current === 0 && !this.#kickless && !this.#rearm()) ring.submit(1, -1)
-        else ring.submit(0, -1)
-      } else if (ring.wantsEnter()) ring.submit(0, -1)
-      else if (work === 0) this.#wait()
     }
+    return work
   }
 
-  /** Nothing to do: polls for a while, then sleeps until a kick, a completion or a message. */
-  #wait(): void {
-    const start = this.now
-    if (this.#kickless) {
-      // Entered once a millisecond, since nothing else tells the emulation of messages and other rings' kicks.
-      if (!this.#spin(start + 1000)) this.ring.submit(0, -1)
-      return
-    }
-    const poll = this.#poll.current
-    if (poll > 0) {
-      if (this.#spin(start + poll)) {
-        this.#counters.pollHit()
-        return
-      }
-      this.#counters.pollMiss()
-    }
-    if (this.#rearm()) return
-    this.ring.submit(1, -1)
-    this.#poll.adjust(microseconds() - start)
-  }
-
-  /** Looks at rings and completions until `deadline` (microseconds). Returns true when there is something. */
-  #spin(deadline: number): boolean {
-    const ring = this.ring
+  hasWork(): boolean {
     const queues = this.#queues
-    for (let spins = 1; ; spins++) {
-      for (let i = 0; i < queues.length; i++) {
-        const queue = queues[i]!
-        if (queue.hasWork()) return true
-      }
-      if (ring.hasCompletions()) return true
-      if (spins % SPINS_PER_CLOCK === 0 && microseconds() >= deadline) return false
+    for (let i = 0; i < queues.length; i++) {
+      const queue = queues[i]!
+      if (queue.hasWork()) return true
     }
+    return this.ring.hasCompletions()
   }
 
-  /** Asks all drivers for kicks. Returns true when one of them was faster. */
-  #rearm(): boolean {
+  rearm(): boolean {
     let more = false
     for (const queue of this.#queues) if (queue.served && queue.rearm()) more = true
     // It wrote to the rings.
     for (let i = 0; i < this.#logging.length; i++) this.#logging[i]!.tellMarks()
     return more
+  }
+
+  /** Rounds in the event loop until a control message is waiting, or the guest needs them no more. */
+  async #waitInLoop(): Promise<void> {
+    this.#loop ??= new EventLoopWait(this)
+    this.serving = false
+    await this.#loop.serve(() => this.controlPending || (!this.#eventLoop && this.#guestCalls === 0))
+    this.serving = !this.#eventLoop
   }
 
   /**
@@ -228,6 +248,25 @@ export class Iothread implements CompletionSink, QueueOwner {
       if (waiter.ready()) this.#done(waiter.id, waiter.finish())
       else this.#waiters.push(waiter)
     }
+  }
+
+  #callGuest(id: number, call: unknown): void {
+    if (this.#guest === undefined) throw new Error('nobody lives on this iothread')
+    const answer = this.#guest.call(call)
+    if (answer instanceof Promise) void this.#answerLater(id, answer)
+    else this.#done(id, answer)
+  }
+
+  async #answerLater(id: number, answer: Promise<unknown>): Promise<void> {
+    this.#guestCalls++
+    try {
+      this.#done(id, await answer)
+    } catch (error) {
+      this.#failed(id, error)
+    }
+    this.#guestCalls--
+    // The event loop may not be needed any more.
+    this.#loop?.stir()
   }
 
   async #obey(id: number, request: Request): Promise<void> {
@@ -333,8 +372,13 @@ export class Iothread implements CompletionSink, QueueOwner {
       case 'load':
         await this.#load(request.module)
         return this.#done(id, 0)
-      case 'ping':
+      case 'guest':
+        return this.#callGuest(id, request.call)
+      case 'ping': {
+        const now = microseconds()
+        for (const queue of this.#queues) queue.lookForOverdue(now)
         return this.#done(id, 0)
+      }
       case 'stop':
         this.#stopped = true
         return this.#done(id, 0)
@@ -347,11 +391,12 @@ export class Iothread implements CompletionSink, QueueOwner {
   async #load(url: string): Promise<CreateQueueHandler> {
     const loaded = this.#modules.get(url)
     if (loaded !== undefined) return loaded
-    const { createQueueHandler } = (await import(url)) as { createQueueHandler?: CreateQueueHandler }
-    if (typeof createQueueHandler !== 'function')
-      throw new TypeError(`${url} does not export the function createQueueHandler`)
-    this.#modules.set(url, createQueueHandler)
-    return createQueueHandler
+    const module = (await import(url)) as QueueModule
+    // A device in one file: its definition is the default export.
+    const create = module.createQueueHandler ?? module.default?.createQueueHandler
+    if (typeof create !== 'function') throw new TypeError(`${url} does not export the function createQueueHandler`)
+    this.#modules.set(url, create)
+    return create
   }
 
   async #startQueue(start: StartQueue): Promise<void> {
@@ -400,7 +445,7 @@ export class Iothread implements CompletionSink, QueueOwner {
   }
 
   #recountKickless(): void {
-    this.#kickless = this.#queues.some((queue) => queue.notifications.kickless && queue.enabled)
+    this.kickless = this.#queues.some((queue) => queue.notifications.kickless && queue.enabled)
   }
 
   #listen(): void {
@@ -411,8 +456,12 @@ export class Iothread implements CompletionSink, QueueOwner {
     this.#waiters.push({ id, ready, finish })
   }
 
-  #done(id: number, value: number): void {
+  #done(id: number, value: unknown): void {
     this.#report({ kind: 'done', id, value })
+  }
+
+  #failed(id: number, error: unknown): void {
+    this.#report({ kind: 'failed', id, error: portable(error) })
   }
 
   #report(report: Report): void {
@@ -420,30 +469,11 @@ export class Iothread implements CompletionSink, QueueOwner {
   }
 }
 
-/** An error that a message can carry: whatever a device threw, and whatever hangs on it. */
-function portable(error: unknown): Error {
-  if (!(error instanceof Error)) return new Error(`not an Error was thrown: ${inspect(error)}`)
-  const { name, message, stack } = error
-  const { code, errno, syscall } = error as NodeJS.ErrnoException
-  const plain = new Error(String(message))
-  return Object.assign(plain, {
-    name: String(name),
-    stack: String(stack),
-    ...(typeof code === 'string' && { code }),
-    ...(typeof errno === 'number' && { errno }),
-    ...(typeof syscall === 'string' && { syscall }),
-  })
-}
-
-function microseconds(): number {
-  return clock.now() * 1000
-}
-
 /** io_uring if the kernel and the container allow it, else its emulation, and why. */
-function openRing(emulate: boolean): { ring: IoRing; reason?: string } {
+function openRing(emulate: boolean, pollable: boolean): { ring: IoRing; reason?: string } {
   if (emulate) return { ring: new IoRing(true), reason: 'it was asked for' }
   try {
-    return { ring: new IoRing(false) }
+    return { ring: new IoRing(false, pollable) }
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException
     if (code !== 'ENOSYS' && code !== 'EPERM' && code !== 'EACCES' && code !== 'ENOMEM' && code !== 'EINVAL')

@@ -5,6 +5,7 @@
 import type { RingErrorCode } from '../virtio/errors.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import type { VringConfig } from '../virtio/vring.ts'
+import type { PortableError } from './portable.ts'
 
 /** `workerData` of an iothread. */
 export interface IothreadOptions {
@@ -21,6 +22,8 @@ export interface IothreadOptions {
   /** Eventfd that tells the iothread to look at its messages. */
   readonly wakeFd: number
   readonly counters: SharedArrayBuffer
+  /** Of a thread of a device's own: what it is at work on, for who looks at it from outside ({@link AtWork}). */
+  readonly atWork?: SharedArrayBuffer
 }
 
 /**
@@ -50,10 +53,14 @@ export interface StartQueue {
   readonly inflight?: { readonly buffer: SharedArrayBuffer; readonly offset: number }
   /** Where writes to the ring itself are marked in the session's dirty log, -1 = they aren't. */
   readonly logAddress: number
+  /** It ran before, on other threads: its driver is called once, for what those may have left uncalled. */
+  readonly resumed?: boolean
   readonly enabled: boolean
   readonly module: string
   readonly data: unknown
   readonly counters: SharedArrayBuffer
+  /** A chain that is in flight for longer fails the queue, in milliseconds; 0 or unset = never. Looked at by `ping`. */
+  readonly timeoutMs?: number
 }
 
 export type Request =
@@ -100,6 +107,7 @@ export type Request =
   | { readonly kind: 'load'; readonly module: string }
   /** For whom the iothread was started with (`IothreadGuest`); the answer's value is what it resolves to. */
   | { readonly kind: 'guest'; readonly call: unknown }
+  /** Answered between two rounds; queues look for chains that are overdue. */
   | { readonly kind: 'ping' }
   | { readonly kind: 'stop' }
   /** Ends at once, whatever is in flight; the process is about to end. Not answered. */
@@ -125,8 +133,7 @@ export type Report =
   | { readonly kind: 'done'; readonly id: number; readonly value: unknown }
   /** From the guest of the iothread, by itself. */
   | { readonly kind: 'guest'; readonly message: unknown }
-  /** `ring`: it is a RingError with that code, which the error loses on its way. */
-  | { readonly kind: 'failed'; readonly id: number; readonly error: unknown; readonly ring?: RingErrorCode }
+  | { readonly kind: 'failed'; readonly id: number; readonly error: PortableError }
   | {
       readonly kind: 'ringBroken'
       readonly session: number
@@ -146,4 +153,11 @@ export type Report =
       readonly address: number
       readonly access: number
     }
-  | { readonly kind: 'deviceFailed'; readonly session: number; readonly index: number; readonly error: unknown }
+  /** `chain`: the head of the chain that its handler was at work on, if that is known. */
+  | {
+      readonly kind: 'deviceFailed'
+      readonly session: number
+      readonly index: number
+      readonly error: PortableError
+      readonly chain?: number
+    }

@@ -2,14 +2,18 @@
  * One started virtqueue on an iothread: it pops chains for the device's handler, takes them back, publishes, calls,
  * and stops. Suppression, in-flight accounting, latency and broken rings are here and nowhere else.
  */
-import { type Chain, DeviceError, type QueueContext, type QueueHandler, type ReceiveHandler } from '../device/index.ts'
+import { ChainError, DeviceError } from '../device/errors.ts'
+import type { Chain, QueueContext, QueueHandler, ReceiveHandler } from '../device/index.ts'
+import { RingError } from '../virtio/errors.ts'
 import type { Vring } from '../virtio/vring.ts'
+import type { AtWork } from './at-work.ts'
 import { ABANDONED, BROKEN, CALLS_SUPPRESSED, CHAINS, COMPLETED, QueueCounters } from './counters.ts'
 import { createVring } from './create-vring.ts'
 import { InFlightChains } from './in-flight-chains.ts'
 import { Io } from './io.ts'
 import type { StartQueue } from './messages.ts'
 import { MissReport } from './misses.ts'
+import { Overdue } from './overdue.ts'
 import { type CallMessenger, QueueNotifications } from './queue-notifications.ts'
 import type { IoRing } from './ring.ts'
 import type { SessionState } from './session-state.ts'
@@ -33,10 +37,17 @@ export interface QueueOwner extends CallMessenger {
   readonly now: number
   /** SAFETY: address of eight bytes that hold 1 and live as long as the ring: what a call writes to an eventfd. */
   readonly oneAddress: number
-  ringBroke(queue: Queue): void
+  /** A round is going on: what handlers do is seen at its end. Otherwise the owner is to be told, by `stir`. */
+  readonly serving: boolean
+  /** Of a thread of a device's own: where handlers that are called are noted. */
+  readonly atWork: AtWork | undefined
+  /** A handler did something outside of a round, which needs one. */
+  stir(): void
+  ringBroke(queue: Queue, error: RingError): void
   /** Its ring has a miss to tell the front-end of. */
   ringMissed(queue: Queue): void
-  deviceFailed(queue: Queue, error: unknown): void
+  /** @param chain what its handler was at work on, if that is known */
+  deviceFailed(queue: Queue, error: unknown, chain: Chain | undefined): void
   reported(queue: Queue, message: unknown): void
 }
 
@@ -64,8 +75,9 @@ export class Queue implements QueueContext {
   #receiver: ReceiveHandler | undefined
   readonly #watches: Watches
   readonly #miss = new MissReport()
-  /** There while memory is translated. */
+  /** There while memory is translated, or chains may be overdue. */
   #chains: InFlightChains | undefined
+  readonly #overdue: Overdue | undefined
   readonly #session: SessionState
   #logAddress: number
   /**
@@ -76,8 +88,11 @@ export class Queue implements QueueContext {
   #broken = false
   /** It stops, and chains that a former back-end took are still to be completed. */
   #finishing = false
-  /** Chains in flight are recorded, so a back-end before this one may have died in the middle of its work. */
-  readonly #tracked: boolean
+  /**
+   * A back-end before this one may have published and not called: chains in flight are recorded, so it may have died in the
+   * middle of its work, or the ring ran on other threads before.
+   */
+  readonly #resumed: boolean
   /**
    * Chains in flight are not completed any more, since the handler threw or the ring stopped with them: it hears of
    * nothing, does no I/O, and gives no chain back.
@@ -112,16 +127,18 @@ export class Queue implements QueueContext {
     this.queueSize = start.vring.size
     this.features = start.features
     this.enabled = start.enabled
-    this.#tracked = start.inflight !== undefined
+    this.#resumed = start.inflight !== undefined || start.resumed === true
     const low = start.queue << 16
     const upper = generation << 8
     this.notifications = new QueueNotifications(owner.ring, owner.oneAddress, start, upper, this.#counters, owner)
     this.vring = createVring(session.memory, start)
     if (this.vring.error !== undefined) throw this.vring.error
-    if (session.memory.translated) this.#chains = new InFlightChains(start.vring.size)
+    const { timeoutMs = 0 } = start
+    if (timeoutMs > 0) this.#overdue = new Overdue(timeoutMs)
+    if (session.memory.translated || timeoutMs > 0) this.#chains = new InFlightChains(start.vring.size)
     this.logChanged()
     this.#watches = new Watches(owner.ring, low, upper | OP_WATCH, upper | OP_CANCEL_WATCH)
-    this.io = new Io(owner.ring, start.queue, OP_DEVICE, this.#watches)
+    this.io = new Io(owner, start.queue, OP_DEVICE, this.#watches)
   }
 
   /** Attaches the device's handler and begins to listen for kicks. */
@@ -138,8 +155,8 @@ export class Queue implements QueueContext {
     // What the ring misses already is told in the first round: to the control thread it is not started before the
     // answer.
     this.notifications.begin()
-    // The back-end before this one may have died after it published and before it called: the driver would sleep on.
-    if (this.#tracked) this.notifications.call()
+    // The driver would sleep on.
+    if (this.#resumed) this.notifications.call()
   }
 
   /** Chains may be popped for their purpose. */
@@ -180,7 +197,9 @@ export class Queue implements QueueContext {
     const now = this.#owner.now
     const ring = this.#owner.ring
     const batch = this.#batch
+    const atWork = this.#owner.atWork
     let count = 0
+    let at = -1
     try {
       const most = this.#batches ? LARGE_BATCH : BATCH
       while (count < most && ring.inFlight < ring.capacity) {
@@ -192,13 +211,20 @@ export class Queue implements QueueContext {
         this.#chains?.popped(chain)
         batch[count++] = chain
       }
-      if (discards) for (let i = 0; i < count; i++) handler.discard!(batch[i]!)
+      if (discards) while (++at < count) handler.discard!(batch[at]!)
       else if (this.#batches) {
+        if (atWork !== undefined) atWork.begin(this.queueIndex, -1)
         if (count > 0) handler.handleBatch!(batch, count)
-      } else for (let i = 0; i < count; i++) handler.handle!(batch[i]!)
+      } else if (atWork === undefined) while (++at < count) handler.handle!(batch[at]!)
+      else
+        while (++at < count) {
+          atWork.begin(this.queueIndex, batch[at]!.head)
+          handler.handle!(batch[at]!)
+        }
     } catch (error) {
-      this.#fail(error)
+      this.#fail(error, batch[at])
     }
+    if (atWork !== undefined) atWork.end()
     if (count > 0) {
       this.#counters.add(CHAINS, count)
       if (!this.#suppressed) this.#suppress()
@@ -210,15 +236,18 @@ export class Queue implements QueueContext {
   }
 
   #receive(receiver: ReceiveHandler): number {
+    const atWork = this.#owner.atWork
+    let count = 0
     try {
-      const count = receiver.receive()
+      if (atWork !== undefined) atWork.begin(this.queueIndex, -1)
+      count = receiver.receive()
       this.#received = count > 0
       this.#lookForMiss()
-      return count
     } catch (error) {
       this.#fail(error)
-      return 0
     }
+    if (atWork !== undefined) atWork.end()
+    return count
   }
 
   #suppress(): void {
@@ -227,12 +256,14 @@ export class Queue implements QueueContext {
   }
 
   take(): Chain | undefined {
+    if (!this.#owner.serving) this.#owner.stir()
     if (!this.#active) return undefined
     const chain = this.vring.pop()
     if (chain === undefined) {
       if (this.vring.error !== undefined) this.#break()
       return undefined
     }
+    chain.poppedAt = this.#owner.now
     this.inFlight++
     this.#taken++
     this.#chains?.popped(chain)
@@ -241,6 +272,7 @@ export class Queue implements QueueContext {
   }
 
   untake(chain: Chain): void {
+    if (this.#abandoned) return
     this.vring.unpop(chain)
     this.inFlight--
     this.#taken--
@@ -253,6 +285,7 @@ export class Queue implements QueueContext {
   /** @param touched as Vring.push has it */
   #giveBack(chain: Chain, written: number, touched: number): void {
     if (this.#abandoned) return
+    if (!this.#owner.serving) this.#owner.stir()
     if (!chain.inFlight) throw completedTwice(chain)
     this.vring.push(chain, written, touched)
     this.inFlight--
@@ -272,6 +305,21 @@ export class Queue implements QueueContext {
 
   countError(kind: number): void {
     this.#counters.error(kind)
+  }
+
+  fail(error: unknown, chain?: Chain): void {
+    if (this.#abandoned) return
+    if (!this.#owner.serving) this.#owner.stir()
+    this.#fail(error, chain)
+  }
+
+  /** Fails when a chain has been in flight for too long. @param now microseconds */
+  lookForOverdue(now: number): void {
+    if (this.#overdue === undefined || this.#abandoned) return
+    const chain = this.#overdue.look(this.#chains!, now)
+    if (chain === undefined) return
+    const message = `chain ${chain.head} of queue ${this.queueIndex} has not been completed for ${this.#overdue.text}`
+    this.#fail(new DeviceError('ERR_DEVICE_STUCK', message), chain)
   }
 
   /** Shows the driver what was completed and calls it if it wants that. */
@@ -329,20 +377,19 @@ export class Queue implements QueueContext {
     this.io.outstanding--
     // The kernel may have read into it; whoever takes the chain over has to know what is there now.
     if (this.#abandoned) return this.#session.log?.markChain(chain, chain.writable)
+    const atWork = this.#owner.atWork
     try {
+      if (atWork !== undefined) atWork.begin(this.queueIndex, chain.head)
       this.#handler!.completed!(chain, result)
     } catch (error) {
-      this.#fail(error)
+      this.#fail(error, chain)
     }
+    if (atWork !== undefined) atWork.end()
   }
 
   #watched(fd: number): void {
     if (fd < 0 || this.#abandoned) return
-    try {
-      ;(this.#receiver ?? this.#handler)?.readable?.(fd)
-    } catch (error) {
-      this.#fail(error)
-    }
+    this.#tell(() => (this.#receiver ?? this.#handler)?.readable?.(fd))
   }
 
   /** The session's memory was exchanged for another one. */
@@ -354,8 +401,8 @@ export class Queue implements QueueContext {
   /** The IOTLB has other entries. */
   memoryChanged(): void {
     const { memory } = this.#session
-    if (!memory.translated) this.#chains = undefined
-    else this.#chains ??= new InFlightChains(this.queueSize)
+    if (memory.translated) this.#chains ??= new InFlightChains(this.queueSize)
+    else if (this.#overdue === undefined) this.#chains = undefined
     this.vring.setMemory(memory)
     if (this.vring.error !== undefined && !this.#broken) this.#break()
     this.#republish = this.#owed
@@ -452,8 +499,10 @@ export class Queue implements QueueContext {
   }
 
   close(): void {
-    ;(this.#receiver ?? this.#handler)?.close?.()
+    this.#tell(() => (this.#receiver ?? this.#handler)?.close?.())
     this.#counters.add(ABANDONED, this.inFlight)
+    // A promise of the handler's may come too late, when the memory is another guest's.
+    this.#abandon()
   }
 
   /** The chains that a receiver holds go back to the ring. */
@@ -465,26 +514,37 @@ export class Queue implements QueueContext {
 
   /** Calls the handler outside of a batch. */
   #tell(call: () => void): void {
+    const { atWork } = this.#owner
     try {
+      atWork?.begin(this.queueIndex, -1)
       call()
     } catch (error) {
       this.#fail(error)
     }
+    atWork?.end()
   }
 
   #settle(): void {
     this.#active = this.enabled && !this.#paused && !this.stopping && !this.#broken
   }
 
-  #fail(error: unknown): void {
+  /** The handler failed. What is in flight stays so: after an error of the guest's as in QEMU, until it resets the ring. */
+  #fail(error: unknown, chain?: Chain): void {
+    const wasBroken = this.#broken
     this.#broken = true
     this.#abandon()
     this.#settle()
-    this.#owner.deviceFailed(this, error)
+    if (!(error instanceof ChainError)) this.#owner.deviceFailed(this, error, chain)
+    else if (!wasBroken) {
+      const where = chain === undefined ? `queue ${this.queueIndex}` : `chain ${chain.head} of queue ${this.queueIndex}`
+      this.#counters.add(BROKEN, 1)
+      this.#owner.ringBroke(this, new RingError('ERR_RING_REQUEST', `${where}: ${error.message}`))
+    }
   }
 
   #abandon(): void {
     this.#abandoned = true
+    this.#finishing = false
     this.io.end()
   }
 
@@ -493,7 +553,7 @@ export class Queue implements QueueContext {
     this.#broken = true
     this.#settle()
     this.#counters.add(BROKEN, 1)
-    this.#owner.ringBroke(this)
+    this.#owner.ringBroke(this, this.vring.error!)
   }
 }
 

@@ -63,6 +63,8 @@ export interface CompletionSink {
 
 export class IoRing {
   readonly emulated: boolean
+  /** An fd that becomes readable when completions can be reaped; -1 = there is none. */
+  readonly pollFd: number
   /** How many operations may be in flight at once. */
   readonly capacity = COMPLETIONS - 256
   /** Operations submitted or prepared whose last completion hasn't been reaped. */
@@ -95,15 +97,18 @@ export class IoRing {
   // Fixed-file slots by fd, with a count of users.
   readonly #slots = new Map<number, { slot: number; users: number }>()
   readonly #freeSlots: number[] = []
-
-  /** @throws a system error when neither can be set up; `-ENOSYS`/`-EPERM` of io_uring itself means: try `emulate` */
-  constructor(emulate: boolean) {
-    const ring = native.ringSetup(SUBMISSIONS, COMPLETIONS, emulate)
+  /**
+   * @param pollable the event loop is to watch it, which makes an io_uring somewhat slower
+   * @throws a system error when neither can be set up; `-ENOSYS`/`-EPERM` of io_uring itself means: try `emulate`
+   */
+  constructor(emulate: boolean, pollable = false) {
+    const ring = native.ringSetup(SUBMISSIONS, COMPLETIONS, emulate, pollable)
     if (typeof ring === 'number') throw systemError(ring, 'io_uring_setup', 'cannot set up io_uring')
     const vectors = native.allocate(VECTORS * IOVEC_SIZE)
     if (typeof vectors === 'number') throw systemError(vectors, 'mmap', 'cannot allocate I/O vectors')
     this.#ring = ring
     this.emulated = emulate
+    this.pollFd = emulate || pollable ? ring.fd : -1
     this.#enter = ring.enter
     this.#control = new Int32Array(ring.control)
     this.#sqes = new Uint32Array(ring.sqes)

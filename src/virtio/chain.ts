@@ -191,6 +191,20 @@ export class Chain {
     throw new RangeError(`write of byte ${at}, the chain has ${this.writable} device-writable bytes`)
   }
 
+  /** Sets the little-endian u32 at `at` of the device-writable part. @throws RangeError beyond it */
+  writeU32(at: number, value: number): void {
+    // The usual case, a header in one descriptor, is one store.
+    const segment = this.readableCount
+    if (at >= 0 && segment < this.count && at + 4 <= this.length[segment]!) {
+      const offset = this.offset[segment]! + at
+      if (offset % 4 === 0) {
+        this.regions[this.region[segment]!]!.words[offset / 4] = value
+        return
+      }
+    }
+    for (let i = 0; i < 4; i++) this.writeU8(at + i, (value >>> (8 * i)) & 0xff)
+  }
+
   /**
    * Copies up to `length` bytes from `at` of the device-readable part into `target`. Returns how many there were.
    * Allocates: not for the hot path.

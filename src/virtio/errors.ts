@@ -25,6 +25,7 @@ export const RING_ERRORS = {
   ERR_RING_SCATTERED: 'behind a vIOMMU, a part of the ring is not contiguous in guest-physical memory',
   ERR_RING_BASE: 'the base of a packed ring is no state that a ring can be in',
   ERR_RING_INFLIGHT: 'the in-flight buffer contradicts itself or the ring',
+  ERR_RING_REQUEST: 'a request is too short for what the device reads of it, or otherwise not one of its kind',
 } as const
 
 export type RingErrorCode = keyof typeof RING_ERRORS

@@ -2,17 +2,22 @@
 import { closeSync, readdirSync, readFileSync } from 'node:fs'
 import { QueueCounters } from '../../src/engine/counters.ts'
 import type { Report } from '../../src/engine/messages.ts'
-import { type IothreadHandle, IothreadPool } from '../../src/engine/pool.ts'
+import { type Blocked, type DeviceFailure, type IothreadHandle, IothreadPool } from '../../src/engine/pool.ts'
 import { type NativeMapping, native } from '../../src/native.ts'
 import { inflightSize } from '../../src/virtio/inflight.ts'
 import type { RegionDescription } from '../../src/virtio/memory.ts'
 import { INDIRECT, MockDriver, NEXT, type RingLayout, ringLayout, WRITE } from '../virtio/mock-driver.ts'
+import type { AsyncData, AsyncMessage } from './fixtures/async-device.ts'
 import { GATE, MAX_SAMPLES, type TestData, type TestMessage } from './fixtures/device.ts'
+import type { OwnData } from './fixtures/own-entry.ts'
 import { PackedDriver } from './packed-driver.ts'
 
 export const DEVICE = new URL('./fixtures/device.ts', import.meta.url).href
+export const ASYNC_DEVICE = new URL('./fixtures/async-device.ts', import.meta.url).href
+/** The entry of threads of a device's own. */
+export const OWN_ENTRY = new URL('./fixtures/own-entry.ts', import.meta.url)
 
-type Event = Extract<Report, { kind: 'ringBroken' | 'deviceFailed' }>
+type Event = Extract<Report, { kind: 'ringBroken' }> | DeviceFailure
 type Miss = Extract<Report, { kind: 'iotlbMiss' }>
 
 /** Whether this machine has io_uring: else only the emulation can be tested. */
@@ -82,6 +87,23 @@ function inTime(promise: Promise<unknown>, seconds = 3): Promise<boolean> {
   return Promise.race([ended, late.promise]).finally(() => clearTimeout(timer))
 }
 
+export interface EngineOptions {
+  /** How many iothreads (1). */
+  readonly count?: number
+  readonly pollMaxUs?: number
+  /** They wait in the event loop: threads of a device's own. */
+  readonly eventLoop?: boolean
+}
+
+/** A thread of a device's own, and what it told. */
+export interface OwnThreadLog {
+  readonly thread: IothreadHandle
+  readonly messages: unknown[]
+  readonly deaths: unknown[]
+  readonly blocked: Blocked[]
+  readonly unblocked: number[]
+}
+
 const idle = new Map<string, Engine>()
 
 /** Ends the iothreads that wait for the next test. */
@@ -97,6 +119,7 @@ export async function closeEngines(): Promise<void> {
  */
 export class Engine implements AsyncDisposable {
   readonly pool: IothreadPool
+  readonly threads: readonly IothreadHandle[]
   readonly events: Event[] = []
   readonly deaths: unknown[] = []
   readonly misses: Miss[] = []
@@ -106,29 +129,65 @@ export class Engine implements AsyncDisposable {
   readonly started = new Set<TestRing>()
   readonly #key: string
   readonly #fds: number[] = []
+  readonly #own: IothreadHandle[] = []
   #abandoned = false
 
-  private constructor(key: string, emulate: boolean, count: number, pollMaxUs: number) {
+  private constructor(key: string, emulate: boolean, { count = 1, pollMaxUs = 0, eventLoop = false }: EngineOptions) {
     this.#key = key
-    this.pool = new IothreadPool({ count, emulate, pollMaxUs })
+    this.pool = new IothreadPool({ count: eventLoop ? 0 : count, emulate, pollMaxUs })
     this.pool.on('ringBroken', (event) => this.events.push(event))
     this.pool.on('deviceFailed', (event) => this.events.push(event))
     this.pool.on('iotlbMiss', (event) => this.misses.push(event))
     this.pool.on('call', ({ session }) => this.calls.push(session))
     this.pool.on('death', (error) => this.deaths.push(error))
+    this.threads = eventLoop ? Array.from({ length: count }, () => this.#spawn()) : this.pool.threads
   }
 
-  static async start(emulate: boolean, { count = 1, pollMaxUs = 0 } = {}): Promise<Engine> {
-    const key = `${emulate} ${count} ${pollMaxUs}`
+  static async start(emulate: boolean, options: EngineOptions = {}): Promise<Engine> {
+    const key = `${emulate} ${JSON.stringify(options)}`
     const waiting = idle.get(key)
     if (waiting !== undefined) {
       idle.delete(key)
       return waiting
     }
-    const engine = new Engine(key, emulate, count, pollMaxUs)
-    await engine.pool.ready()
+    const engine = new Engine(key, emulate, options)
+    await Promise.all(engine.threads.map((thread) => thread.ready()))
     return engine
   }
+
+  #spawn(): IothreadHandle {
+    return this.spawn({}, this.deaths).thread
+  }
+
+  /** Starts a thread of a device's own, which ends with the test. */
+  async spawnOwn(data: Partial<OwnData> = {}): Promise<OwnThreadLog> {
+    const own = this.spawn(data)
+    this.#own.push(own.thread)
+    await own.thread.ready()
+    return own
+  }
+
+  /** As `spawnOwn`, but nobody ends it. */
+  spawn(data: Partial<OwnData> = {}, deaths: unknown[] = []): OwnThreadLog {
+    const log = { messages: [] as unknown[], deaths, blocked: [] as Blocked[], unblocked: [] as number[] }
+    const thread = this.pool.spawn({
+      entry: OWN_ENTRY,
+      data: { eventLoop: true, ...data } satisfies OwnData,
+      events: {
+        message: (message) => log.messages.push(message),
+        death: (error) => log.deaths.push(error),
+        blocked: (blocked) => log.blocked.push(blocked),
+        unblocked: (ms) => log.unblocked.push(ms),
+      },
+    })
+    return { thread, ...log }
+  }
+
+  /** The iothread of the next queue. */
+  assign(): IothreadHandle {
+    return this.threads[this.#next++ % this.threads.length]!
+  }
+  #next = 0
 
   eventfd(): number {
     return this.own(check(native.eventfd(0), 'eventfd'))
@@ -166,6 +225,7 @@ export class Engine implements AsyncDisposable {
       // Not closed, as that would wait for what doesn't answer: the test runner ends the process.
       if (!well) return
     }
+    await Promise.all(this.#own.splice(0).map((thread) => thread.close(1000)))
     for (const fd of this.#fds.splice(0)) closeSync(fd)
     this.events.length = 0
     this.misses.length = 0
@@ -185,7 +245,7 @@ export interface SessionOptions {
   readonly call?: boolean
   readonly enabled?: boolean
   readonly module?: string
-  readonly data?: Partial<TestData>
+  readonly data?: Partial<TestData & AsyncData>
   /** Default: 0 of a split ring, the first lap of a packed one. */
   readonly base?: number
   readonly packed?: boolean
@@ -199,6 +259,10 @@ export interface SessionOptions {
   readonly fd?: number
   /** What the descriptors and the ring's addresses have on top of the offsets in memory: IOVAs. */
   readonly iova?: number
+  /** The iothread of all rings. */
+  readonly thread?: IothreadHandle
+  /** StartQueue.timeoutMs */
+  readonly timeoutMs?: number
 }
 
 /** Both indices 0, both wrap counters 1. */
@@ -280,6 +344,7 @@ export class TestRing {
     this.#stopped = false
     const { eventIdx = false, enabled = true, module = DEVICE, data = {} } = this.#session.options
     const { packed = false, inOrder = false, inband = false, logAddress = -1, iova = 0 } = this.#session.options
+    const { timeoutMs = 0 } = this.#session.options
     const { size, descriptor, driver, device } = this.layout
     const at = { size, descriptor: descriptor + iova, driver: driver + iova, device: device + iova }
     await this.thread.request({
@@ -305,6 +370,7 @@ export class TestRing {
         ...data,
       },
       counters: this.counters.buffer,
+      timeoutMs,
     })
     this.#engine.started.add(this)
   }
@@ -352,7 +418,7 @@ export class TestRing {
   }
 
   /** For the handler. */
-  async send(message: TestMessage): Promise<void> {
+  async send(message: TestMessage | AsyncMessage): Promise<void> {
     await this.thread.request({ kind: 'message', queue: this.id, message })
   }
 
@@ -409,7 +475,7 @@ export class TestSession {
     this.mapping = allocate(this.free + (1 << 20))
     this.fd = options.fd ?? engine.memfd(1 << 20)
     this.rings = Array.from({ length: rings }, (_, index) => {
-      const thread = spread ? engine.pool.assign() : engine.pool.threads[0]!
+      const thread = options.thread ?? (spread ? engine.assign() : engine.threads[0]!)
       return new TestRing(
         engine,
         this,

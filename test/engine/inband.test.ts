@@ -111,7 +111,7 @@ describe.each([
 
   it('a message for a ring that is not there is refused', async () => {
     await using engine = await Engine.start(emulate)
-    const [thread] = engine.pool.threads
+    const [thread] = engine.threads
     await expect(thread!.request({ kind: 'kick', queue: 9 })).rejects.toThrow('no ring 9')
     await expect(thread!.request({ kind: 'setRingLog', queue: 9, address: 0 })).rejects.toThrow('no ring 9')
   })

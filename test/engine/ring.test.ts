@@ -488,7 +488,7 @@ describe.each([
       }
       for (const bytes of readable) place(bytes, false)
       for (const bytes of writable) place(bytes, true)
-      const io = new Io(ring, 4095, 0, { watch: () => {}, unwatch: () => {} })
+      const io = new Io({ ring, serving: true, stir: () => {} }, 4095, 0, { watch: () => {}, unwatch: () => {} })
       return { chain, io, bytes: new Uint8Array(buffer), memory }
     }
     const content = Uint8Array.from({ length: 4096 }, (_, i) => (i * 11 + 3) & 0xff)
