@@ -52,7 +52,7 @@ export class DirtyLogArea {
       area.release()
       throw error
     }
-    await this.#apply()
+    await this.share()
     // Not before: an iothread may have been marking in it.
     before?.release()
   }
@@ -62,7 +62,7 @@ export class DirtyLogArea {
     const before = this.#fd
     this.#fd = fd
     try {
-      await this.#apply()
+      await this.share()
     } finally {
       if (before >= 0) native.close(before)
     }
@@ -71,7 +71,7 @@ export class DirtyLogArea {
   async enable(enabled: boolean): Promise<void> {
     if (enabled === this.#enabled) return
     this.#enabled = enabled
-    await this.#apply()
+    await this.share()
   }
 
   /** RESET_DEVICE: no log any more. */
@@ -89,7 +89,8 @@ export class DirtyLogArea {
     this.#fd = -1
   }
 
-  async #apply(): Promise<void> {
+  /** Tells the host what there is. */
+  async share(): Promise<void> {
     const area = this.#enabled ? this.#area : undefined
     await this.#host.setLog(
       area === undefined ? undefined : { buffer: area.buffer, offset: area.offset, size: area.size },

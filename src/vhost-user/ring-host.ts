@@ -25,6 +25,8 @@ export interface RingStart {
   readonly inflight?: SharedArea
   /** Where writes to the ring itself are marked in the dirty log, -1 = they aren't. */
   readonly logAddress: number
+  /** It ran before, on other threads: its driver is called once, for what those may have left uncalled. */
+  readonly resumed?: boolean
 }
 
 export interface RingHost {

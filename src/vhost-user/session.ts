@@ -18,6 +18,7 @@ import { MemoryExchange } from './memory-exchange.ts'
 import type { MemoryTable } from './memory-table.ts'
 import { LOGGING, Negotiated } from './negotiated.ts'
 import { NETWORK_PROTOCOL_FEATURES, PROTOCOL_FEATURES } from './protocol-table.ts'
+import { Rehosting } from './rehosting.ts'
 import type { RingHost } from './ring-host.ts'
 import { NO_FD } from './ring-state.ts'
 import { restoreSession, type SavedSession, saveSession } from './saved-session.ts'
@@ -49,6 +50,8 @@ export class Session {
   #saidMiss = false
   #running = false
   readonly #suspension = new Suspension()
+  /** What ended it, when that was no message. */
+  #failure: { readonly error: unknown } | undefined
 
   constructor(connection: Connection, host: RingHost) {
     this.connection = connection
@@ -74,7 +77,7 @@ export class Session {
   /**
    * Serves the front-end until it leaves, or until `abandon`. All rings are stopped and all its memory and fds released
    * when it returns or throws.
-   * @throws ProtocolError when the front-end broke the protocol, or a system error
+   * @throws ProtocolError when the front-end broke the protocol, a system error, or what keeps rings from going on after `rehost`
    */
   async run(): Promise<void> {
     this.#running = true
@@ -84,7 +87,10 @@ export class Session {
     try {
       for (;;) {
         using message = await this.#next()
-        if (message === undefined) return
+        if (message === undefined) {
+          if (this.#failure !== undefined) throw this.#failure.error
+          return
+        }
         await dispatch(this, message)
         this.#tellConfig()
       }
@@ -165,11 +171,7 @@ export class Session {
 
   /** The handover failed: goes on as if there had been no `suspend`, also while that is still under way. */
   async resume(): Promise<void> {
-    await this.#suspension.resume(this.connection, async () => {
-      this.channel.resume()
-      await this.rings.resume()
-      this.#tellConfig()
-    })
+    await this.#suspension.resume(this.connection, () => this.#goOn())
   }
 
   /**
@@ -180,6 +182,33 @@ export class Session {
     this.#suspension.abandon()
     if (this.#running) this.connection.interrupt()
     else this.#release()
+  }
+
+  // ---- other threads, or another device, behind the same host
+
+  /**
+   * Has the rings served by others, while the front-end stays connected and sees nothing but a pause: stops between two
+   * messages with all rings drained. After `swap`, which puts the others in place behind the {@link RingHost}, they are
+   * told what the front-end has said so far, and the rings go on; when they can't, `run` throws why. Resolves to false
+   * when the session ends before that: `swap` was not called, and `run` is still to return.
+   * @param limitMs how long what is in flight may take
+   * @throws an Error when it takes longer, or while the state of the device is being transferred: all goes on as before,
+   * and `swap` was not called; what `swap` throws, which has left the old ones in place then
+   */
+  async rehost(swap: () => Promise<void>, limitMs: number): Promise<boolean> {
+    if (this.transfer.running) throw new Error('the state of the device is being transferred')
+    const rehosting = new Rehosting(this, this.#suspension)
+    try {
+      await rehosting.run(swap, limitMs)
+      return rehosting.moved
+    } finally {
+      try {
+        await rehosting.end(() => this.#goOn())
+      } catch (error) {
+        this.#failure = { error }
+        this.connection.abort()
+      }
+    }
   }
 
   // ---- features
@@ -337,8 +366,8 @@ export class Session {
     this.host.network?.announce(mac)
   }
 
-  setMtu(mtu: bigint): void {
-    if (mtu > 65535n || this.host.network?.setMtu(Number(mtu)) !== true) {
+  async setMtu(mtu: bigint): Promise<void> {
+    if (mtu > 65535n || (await this.host.network?.setMtu(Number(mtu))) !== true) {
       throw new ProtocolError('ERR_PROTOCOL_MTU', `an MTU of ${mtu} bytes cannot be had`)
     }
   }
@@ -359,6 +388,12 @@ export class Session {
       if (message !== 'interrupted') return message
       if (await this.#suspension.park(this.connection)) return undefined
     }
+  }
+
+  async #goOn(): Promise<void> {
+    this.channel.resume()
+    await this.rings.resume()
+    this.#tellConfig()
   }
 
   #tellConfig(): void {

@@ -44,6 +44,8 @@ export class Suspension {
       work = this.#work
       await this.#work.catch(() => {})
     }
+    // Aborted: a `resume` that comes now must not start rings behind the back of the end.
+    if (this.#state === 'parked') this.#state = 'ended'
     return this.abandoned
   }
 

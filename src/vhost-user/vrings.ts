@@ -241,7 +241,7 @@ export class Vrings implements MovableRings {
     for (const ring of this.all) {
       if (!ring.suspended) continue
       ring.suspended = false
-      await this.#startIfReady(ring)
+      await this.#startIfReady(ring, true)
     }
   }
 
@@ -314,7 +314,8 @@ export class Vrings implements MovableRings {
     }
   }
 
-  async #startIfReady(ring: RingState): Promise<void> {
+  /** @param resumed as RingStart has it */
+  async #startIfReady(ring: RingState, resumed = false): Promise<void> {
     const { negotiated, inflight } = this.#session
     const { features, packed } = negotiated
     if (ring.started || !ring.kicked || ring.address === undefined || ring.size === 0 || features === undefined) return
@@ -337,6 +338,7 @@ export class Vrings implements MovableRings {
         inband: ring.inband,
         ...(region === undefined ? {} : { inflight: region }),
         logAddress: ring.logAddress,
+        ...(resumed ? { resumed } : {}),
       })
     } catch (error) {
       ring.started = false
