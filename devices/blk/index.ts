@@ -2,41 +2,31 @@
  * virtio-blk on a raw image file or a block device: the control half. It opens and locks the file, and keeps the
  * config space (virtio 1.3 §5.2.4).
  */
-import { closeSync, constants, fstatSync, openSync, statSync } from 'node:fs'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { closeSync } from 'node:fs'
 import {
   API_VERSION,
-  ConfigError,
   type Device,
   type DeviceDefinition,
   type DeviceHost,
-  type FileInfo,
   featureSet,
   hasFeature,
   type QemuDevice,
 } from '../../src/device/index.ts'
 import * as blk from '../../src/device/virtio-blk.ts'
+import { fileIdentity, type Image, type ImageNames, openImage, PHYSICAL_BLOCK } from '../disk/image.ts'
 import { type BlkOptions, blkOptions } from './options.ts'
 import { type BlkQueueData, BlkState, ERRORS, MAX_RANGE_SECTORS, MAX_RANGES, OPERATIONS } from './shared.ts'
 
 const VIRTIO_ID_BLOCK = 2
 
-/** How long it is tried to lock the file. */
-const LOCK_PATIENCE_MS = 2000
-
 /** Data segments of one request: header and status added they fit the 128 descriptors of QEMU's default ring. */
 const SEG_MAX = 126
 /** The most that Linux moves in one read or write (MAX_RW_COUNT). */
 const SIZE_MAX = 0x7fff_f000
-/** Physical block that we tell drivers: the page cache's, and that of most disks. Partitions are aligned to it. */
-const PHYSICAL_BLOCK = 4096
 /** QEMU's largest ring. */
 const QEMU_MAX_QUEUE_SIZE = 1024
 const QEMU_QUEUE_SIZE = 256
 const DEFAULT_NUM_QUEUES = 16
-
-const FALLOC_FL_KEEP_SIZE = 1
-const FALLOC_FL_PUNCH_HOLE = 2
 
 class BlkDevice implements Device<BlkQueueData> {
   readonly features: bigint
@@ -50,17 +40,16 @@ class BlkDevice implements Device<BlkQueueData> {
   readonly #state = new BlkState()
   #features = 0n
 
-  constructor(options: BlkOptions, host: DeviceHost, fd: number, info: FileInfo) {
-    const direct = options.cache === 'none'
+  constructor(options: BlkOptions, host: DeviceHost, image: Image) {
+    const { fd, discard } = image
     this.#options = options
     this.#host = host
     this.#fd = fd
-    this.#blockSize = blockSize(options, info)
-    this.#state.capacity = info.size / blk.VIRTIO_BLK_SECTOR_SIZE
+    this.#blockSize = image.blockSize
+    this.#state.capacity = image.size / blk.VIRTIO_BLK_SECTOR_SIZE
     this.#state.writeback = options.cache !== 'writethrough'
     this.numQueues = options['num-queues']
     if (options['queue-size'] !== undefined) this.maxQueueSize = options['queue-size']
-    const discard = !options['read-only'] && canDiscard(options, host, fd, info)
     this.features = featureSet(
       blk.VIRTIO_BLK_F_SIZE_MAX,
       blk.VIRTIO_BLK_F_SEG_MAX,
@@ -77,9 +66,8 @@ class BlkDevice implements Device<BlkQueueData> {
       readOnly: options['read-only'],
       unsafe: options.cache === 'unsafe',
       blockSize: this.#blockSize,
-      // Where the kernel does not tell, the logical block is what it demands.
-      memoryAlign: direct ? info.directMemoryAlign || this.#blockSize : 1,
-      lengthAlign: direct ? info.directOffsetAlign || this.#blockSize : 1,
+      memoryAlign: image.memoryAlign,
+      lengthAlign: image.lengthAlign,
       discard,
       serial: serial(options, fd),
       state: this.#state.buffer,
@@ -178,136 +166,50 @@ function fileKey(host: DeviceHost): string {
   return `blk:${host.name}`
 }
 
-/**
- * A process that was killed has its locks until the kernel is through with its last reads, writes and flushes. That is
- * waited for: who starts at once in its place would be refused otherwise, and a write of it must not come after ours.
- * @throws ConfigError when somebody alive has the lock, as far as can be seen in {@link LOCK_PATIENCE_MS}
- */
-async function lock(fd: number, options: BlkOptions, host: DeviceHost): Promise<void> {
-  const deadline = performance.now() + LOCK_PATIENCE_MS
-  while (!host.lockFile(fd, !options['read-only'])) {
-    if (performance.now() < deadline) {
-      await sleep(10)
-      continue
-    }
-    throw new ConfigError(
-      'ERR_BLK_FILE_LOCKED',
-      '--blk-file',
-      `${options['blk-file']} is locked: another process or another device serves it`,
-      'Stop the other one; several may share a file only when all of them have --read-only, or --lock off for a migration.'
-    )
-  }
+/** How the options and error codes of this device are called. */
+const ABOUT: ImageNames = {
+  file: '--blk-file',
+  readOnly: '--read-only',
+  cache: '--cache',
+  blockSize: '--block-size',
+  discard: '--discard',
+  lock: '--lock',
+  codes: {
+    open: 'ERR_BLK_FILE_OPEN',
+    kind: 'ERR_BLK_FILE_KIND',
+    locked: 'ERR_BLK_FILE_LOCKED',
+    size: 'ERR_BLK_FILE_SIZE',
+    blockSize: 'ERR_BLK_BLOCK_SIZE',
+    cache: 'ERR_BLK_CACHE',
+    discard: 'ERR_BLK_DISCARD',
+  },
 }
 
 /** Opens, locks and examines the file. @throws ConfigError */
 async function open(options: BlkOptions, host: DeviceHost): Promise<BlkDevice> {
-  const path = options['blk-file']
   // The predecessor's open file has the lock, which nobody else can take meanwhile; and it stays the guest's disk,
   // whatever the path names by now.
   const [inherited] = host.handover.take(fileKey(host))?.fds ?? []
-  const fd = inherited ?? openFile(path, options)
-  try {
-    const info = host.fileInfo(fd)
-    if (info.kind === 'other') throw kindError(path)
-    if (inherited === undefined && options.lock === 'on') await lock(fd, options, host)
-    const size = blockSize(options, info)
-    if (info.size === 0 || info.size % size !== 0) {
-      const fix = `Make its size a multiple, e.g. with: truncate -s %${size} ${path}`
-      const problem =
-        info.size === 0 ? `${path} is empty` : `${path} has ${info.size} bytes, no multiple of the block size ${size}`
-      throw new ConfigError(
-        'ERR_BLK_FILE_SIZE',
-        '--blk-file',
-        problem,
-        info.size === 0 ? `Give it a size, e.g. with: truncate -s 1G ${path}` : fix
-      )
-    }
-    const device = new BlkDevice(options, host, fd, info)
-    host.handover.keep(fileKey(host), [fd], {})
-    return device
-  } catch (error) {
-    closeSync(fd)
-    throw error
-  }
-}
-
-function kindError(path: string): ConfigError {
-  const fix = 'Give a raw image or a disk.'
-  return new ConfigError('ERR_BLK_FILE_KIND', '--blk-file', `${path} is neither a regular file nor a block device`, fix)
-}
-
-function openFile(path: string, options: BlkOptions): number {
-  const direct = options.cache === 'none' ? constants.O_DIRECT : 0
-  try {
-    // Looked at before it is opened: opening a FIFO waits for its other end.
-    const stat = statSync(path)
-    if (!stat.isFile() && !stat.isBlockDevice() && !stat.isDirectory()) throw kindError(path)
-    return openSync(path, (options['read-only'] ? constants.O_RDONLY : constants.O_RDWR) | direct)
-  } catch (cause) {
-    if (cause instanceof ConfigError) throw cause
-    const { code } = cause as NodeJS.ErrnoException
-    if (code === 'EINVAL' && direct !== 0) {
-      const fix = 'Use --cache writeback, or keep the file on another file system.'
-      throw new ConfigError('ERR_BLK_CACHE', '--cache', `the file system of ${path} cannot do O_DIRECT`, fix, { cause })
-    }
-    const [problem, fix] = OPEN_ERRORS[code ?? ''] ?? [`cannot be opened (${code})`, 'Give a file that can be opened.']
-    throw new ConfigError('ERR_BLK_FILE_OPEN', '--blk-file', `${path} ${problem}`, fix, { cause })
-  }
-}
-
-const OPEN_ERRORS: Readonly<Record<string, readonly [problem: string, fix: string]>> = {
-  ENOENT: ['does not exist', 'Create it, e.g. with: truncate -s 1G FILE'],
-  EISDIR: ['is a directory', 'Give a raw image or a block device.'],
-  EACCES: ['may not be opened by this user', 'Change its permissions, or serve it with --read-only.'],
-  EROFS: ['is on a read-only file system', 'Serve it with --read-only.'],
-  EPERM: ['may not be opened by this user', 'Change its permissions, or serve it with --read-only.'],
-}
-
-/** @throws ConfigError when the file can't be accessed in blocks of the wanted size */
-function blockSize(options: BlkOptions, info: FileInfo): number {
-  const least = Math.max(info.blockSize, options.cache === 'none' ? info.directOffsetAlign : 0)
-  const wanted = options['block-size']
-  if (wanted === undefined) return least
-  if (wanted < least) {
-    const fix = `Give --block-size ${least}, or leave it away.`
-    throw new ConfigError(
-      'ERR_BLK_BLOCK_SIZE',
-      '--block-size',
-      `${options['blk-file']} is accessed in blocks of ${least} bytes`,
-      fix
-    )
-  }
-  return wanted
-}
-
-/**
- * Whether space can be given back. Asked of the file itself, behind its end, where nothing is changed. @throws
- * ConfigError
- */
-function canDiscard(options: BlkOptions, host: DeviceHost, fd: number, info: FileInfo): boolean {
-  if (options.discard === 'off') return false
-  // A block device takes fallocate only inside its size; those that cannot discard write zeroes instead.
-  const result =
-    info.kind === 'block'
-      ? 0
-      : host.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, info.size, PHYSICAL_BLOCK)
-  if (result === 0) return true
-  if (options.discard === 'on') {
-    const fix = 'Leave --discard away, or keep the file on a file system with holes (ext4, xfs, btrfs, tmpfs).'
-    throw new ConfigError(
-      'ERR_BLK_DISCARD',
-      '--discard',
-      `the file system of ${options['blk-file']} cannot punch holes`,
-      fix
-    )
-  }
-  return false
+  const image = await openImage(
+    {
+      path: options['blk-file'],
+      readOnly: options['read-only'],
+      direct: options.cache === 'none',
+      blockSize: options['block-size'],
+      lock: options.lock === 'on',
+      discard: options.discard,
+    },
+    ABOUT,
+    host,
+    inherited
+  )
+  host.handover.keep(fileKey(host), [image.fd], {})
+  return new BlkDevice(options, host, image)
 }
 
 /** What GET_ID answers. Unset, it is made from the file's identity, so that it stays over restarts. */
 function serial(options: BlkOptions, fd: number): Uint8Array {
-  const stat = fstatSync(fd, { bigint: true })
-  const text = options.serial ?? `${stat.dev.toString(16)}-${stat.ino.toString(16)}`.slice(0, blk.VIRTIO_BLK_ID_BYTES)
+  const text = options.serial ?? fileIdentity(fd).slice(0, blk.VIRTIO_BLK_ID_BYTES)
   const bytes = new Uint8Array(blk.VIRTIO_BLK_ID_BYTES)
   bytes.set(new TextEncoder().encode(text))
   return bytes

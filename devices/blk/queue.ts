@@ -5,12 +5,9 @@
  */
 import { type Chain, hasFeature, type IoFile, type QueueContext, type QueueHandler } from '../../src/device/index.ts'
 import * as blk from '../../src/device/virtio-blk.ts'
-import { BouncePool, type BounceUser, ZEROES, zeroBuffer } from './bounce.ts'
+import { BouncePool, type BounceUser, ZEROES, zeroBuffer } from '../disk/bounce.ts'
+import { FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE } from '../disk/image.ts'
 import * as shared from './shared.ts'
-
-const FALLOC_FL_KEEP_SIZE = 1
-const FALLOC_FL_PUNCH_HOLE = 2
-const FALLOC_FL_ZERO_RANGE = 16
 
 const EINTR = -4
 const EAGAIN = -11

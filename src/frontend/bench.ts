@@ -1,5 +1,5 @@
 /**
- * `virtiod bench`: load on any vhost-user-blk socket and what came of it: throughput, latency, notifications, the
+ * `virtiod bench`: load on any vhost-user-blk or vhost-user-scsi socket and what came of it: throughput, latency, notifications, the
  * back-end's CPU time. It owns the measuring loop. It must not know the command line: the caller parses options and
  * prints the text.
  */
@@ -10,17 +10,25 @@ import {
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_RING_PACKED,
 } from '../virtio/constants.ts'
+import { VIRTIO_SCSI_REQUEST_QUEUE } from '../virtio/scsi.ts'
 import { DirtyLogArea } from './dirty-log.ts'
 import { FrontendError } from './errors.ts'
 import { Histogram } from './histogram.ts'
-import type { Pattern } from './load.ts'
+import type { Load, LoadOptions, Pattern } from './load.ts'
 import { BlockLoad } from './load.ts'
 import { layouts } from './memory.ts'
 import { cpuBetween, cpuTime, describePeer } from './peer.ts'
+import { ScsiDriver } from './scsi.ts'
+import { cdb } from './scsi-cdb.ts'
+import { ScsiLoad } from './scsi-load.ts'
 import { Session } from './session.ts'
 import type { Virtqueue, WaitMode } from './virtqueue.ts'
 
 export interface BenchOptions {
+  /** What is behind the socket; default blk. */
+  readonly device?: 'blk' | 'scsi'
+  /** The logical unit of a SCSI device; default 0. */
+  readonly lun?: number
   readonly rw?: Pattern
   /** Bytes per request; default 4096. */
   readonly bs?: number
@@ -57,6 +65,7 @@ export interface BenchOptions {
 /** What a bench measured. Latencies in microseconds. */
 export interface BenchResult {
   readonly socket: string
+  readonly device: 'blk' | 'scsi'
   readonly backend: string
   readonly rw: Pattern
   readonly bs: number
@@ -111,7 +120,7 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
   if (!(bs >= 512 && bs % 512 === 0)) throw new RangeError(`bs: ${bs} is not a multiple of 512 bytes`)
   if (!(qd >= 1 && qd <= 8192)) throw new RangeError(`qd: ${qd} is not in 1 … 8192`)
   const queueSize = options.queueSize ?? Math.max(128, 2 ** Math.ceil(Math.log2(3 * qd)))
-  const perQueue = qd * (Math.ceil(bs / 4096) * 4096 + 256) + queueSize * 26 + 65536
+  const perQueue = qd * (Math.ceil(bs / 4096) * 4096 + 512) + queueSize * 26 + 65536
   const memory = Math.ceil((queues * perQueue + 2 ** 20) / 2 ** 21) * 2 ** 21
   using session = Session.open(socketPath, {
     mode: driver,
@@ -123,26 +132,35 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
     inflight: options.inflight === true && { numQueues: queues, queueSize },
     ...(options.timeoutMs !== undefined && { timeoutMs: options.timeoutMs }),
   })
-  const area = workingSet(session, rw, bs, queues, options.size)
+  const device = options.device ?? 'blk'
   const indirect = options.indirect === true && session.has(VIRTIO_F_INDIRECT_DESC)
   const histogram = new Histogram()
   const rings: Virtqueue[] = []
-  const loads: BlockLoad[] = []
+  const loads: Load[] = []
+  const first = device === 'scsi' ? VIRTIO_SCSI_REQUEST_QUEUE : 0
+  checkQueues(session, queues, first)
   for (let i = 0; i < queues; i++) {
     const shared = rings[0] === undefined ? {} : { callFd: rings[0].callFd }
-    const ring = session.startQueue(i, { size: queueSize, mode: driver, ...shared })
-    rings.push(ring)
+    rings.push(session.startQueue(first + i, { size: queueSize, mode: driver, ...shared }))
+  }
+  const lun = options.lun ?? 0
+  const unit = device === 'scsi' ? examineUnit(session, rings[0]!, lun, rw) : examineDisk(session, rw)
+  const area = workingSet(unit, bs, queues, options.size)
+  for (const [i, ring] of rings.entries()) {
+    const load: LoadOptions = {
+      pattern: rw,
+      blockSize: bs,
+      depth: qd,
+      // Random requests of all queues share the area; sequential queues have a stretch each.
+      firstBlock: rw.startsWith('rand') ? 0 : i * Math.floor(area / queues),
+      blocks: rw.startsWith('rand') ? area : Math.floor(area / queues),
+      seed: (options.seed ?? 0x5eed) + i * 7919,
+      indirect,
+    }
     loads.push(
-      new BlockLoad(ring.driver, session.memory, histogram, {
-        pattern: rw,
-        blockSize: bs,
-        depth: qd,
-        // Random requests of all queues share the area; sequential queues have a stretch each.
-        firstBlock: rw.startsWith('rand') ? 0 : i * Math.floor(area / queues),
-        blocks: rw.startsWith('rand') ? area : Math.floor(area / queues),
-        seed: (options.seed ?? 0x5eed) + i * 7919,
-        indirect,
-      })
+      device === 'scsi'
+        ? new ScsiLoad(ring.driver, session.memory, histogram, { ...load, lun, unitBlockSize: unit.blockSize })
+        : new BlockLoad(ring.driver, session.memory, histogram, load)
     )
   }
   const pid = session.connection.peerPid
@@ -152,6 +170,7 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
   const measured = run.measure((options.warmup ?? 0.5) * 1000, (options.seconds ?? 5) * 1000, pid)
   return {
     socket: socketPath,
+    device,
     backend: (pid !== undefined && describePeer(pid)?.program) || 'unknown',
     rw,
     bs,
@@ -216,7 +235,7 @@ interface Measured {
 class Run {
   readonly #session: Session
   readonly #rings: readonly Virtqueue[]
-  readonly #loads: readonly BlockLoad[]
+  readonly #loads: readonly Load[]
   readonly #histogram: Histogram
   readonly #mode: WaitMode
   readonly #progress: ((line: string) => void) | undefined
@@ -225,7 +244,7 @@ class Run {
   constructor(
     session: Session,
     rings: readonly Virtqueue[],
-    loads: readonly BlockLoad[],
+    loads: readonly Load[],
     histogram: Histogram,
     mode: WaitMode,
     progress: ((line: string) => void) | undefined,
@@ -353,23 +372,48 @@ function isWriting(rw: Pattern): boolean {
   return rw !== 'read' && rw !== 'randread'
 }
 
-/** How many blocks of `bs` bytes the load may use. */
-function workingSet(session: Session, rw: Pattern, bs: number, queues: number, size: number | undefined): number {
-  if (isWriting(rw) && session.has(VIRTIO_BLK_F_RO))
-    throw new FrontendError('bench', 'unsupported', `the disk is read-only: ${rw} is not possible`)
-  if (queues > session.maxQueues) {
-    throw new RangeError(
-      `queues: the back-end has ${session.maxQueues}${session.has(VIRTIO_BLK_F_MQ) ? '' : ' (MQ is not offered)'}`
-    )
-  }
+/** What is to be loaded. */
+interface Unit {
+  readonly blocks: number
+  readonly blockSize: number
+}
+
+/** @param first queues that carry no requests */
+function checkQueues(session: Session, queues: number, first: number): void {
+  const most = session.maxQueues - first
+  if (queues <= most) return
+  throw new RangeError(
+    `queues: the back-end has ${most}${first === 0 && !session.has(VIRTIO_BLK_F_MQ) ? ' (MQ is not offered)' : ''}`
+  )
+}
+
+function examineDisk(session: Session, rw: Pattern): Unit {
+  if (isWriting(rw) && session.has(VIRTIO_BLK_F_RO)) throw readOnly(rw)
   const bytes = session.connection.getConfig(0, 57)
   if (bytes === undefined)
     throw new FrontendError('GET_CONFIG', 'reply', 'the back-end refused to show its config space')
   const config = decodeBlkConfig(bytes, session.features)
   const blockSize = session.has(VIRTIO_BLK_F_BLK_SIZE) ? (config.blkSize ?? 512) : 512
+  return { blockSize, blocks: Math.floor((Number(config.capacity) * 512) / blockSize) }
+}
+
+function examineUnit(session: Session, ring: Virtqueue, lun: number, rw: Pattern): Unit {
+  const driver = new ScsiDriver(ring, session.memory, 4096)
+  driver.clearAttentions(lun)
+  const mode = driver.ask(cdb.modeSense6(0x3f), 255, { lun })
+  if (isWriting(rw) && (mode[2]! & 0x80) !== 0) throw readOnly(rw)
+  return driver.capacity(lun)
+}
+
+function readOnly(rw: Pattern): FrontendError {
+  return new FrontendError('bench', 'unsupported', `the disk is read-only: ${rw} is not possible`)
+}
+
+/** How many blocks of `bs` bytes the load may use. */
+function workingSet({ blocks, blockSize }: Unit, bs: number, queues: number, size: number | undefined): number {
   if (bs % blockSize !== 0) throw new RangeError(`bs: ${bs} is not a multiple of the disk's block size ${blockSize}`)
-  const capacity = Number(config.capacity) * 512
-  const blocks = Math.floor(Math.min(size ?? capacity, capacity) / bs)
-  if (blocks < queues) throw new RangeError(`size: the disk of ${capacity} bytes is too small`)
-  return Math.min(blocks, 0xffff_ffff)
+  const capacity = blocks * blockSize
+  const count = Math.floor(Math.min(size ?? capacity, capacity) / bs)
+  if (count < queues) throw new RangeError(`size: the disk of ${capacity} bytes is too small`)
+  return Math.min(count, 0xffff_ffff)
 }

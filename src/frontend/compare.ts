@@ -1,6 +1,6 @@
 /**
  * The disks of `npm run bench`: virtiod and qemu-storage-daemon side by side on one page-cached file, in alternating short
- * measurements, virtiod beside itself with and without a feature, and fio on the file itself. It owns the test file, the
+ * measurements, virtiod beside itself with and without a feature or as another device, and fio on the file itself. It owns the test file, the
  * order of the rounds and the tables.
  *
  * Placement decides latency, so each back-end is pinned to one processor and the load generator to another. Each case
@@ -16,7 +16,7 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import type { BenchOptions, BenchResult } from './bench.ts'
 import type { Rival } from './rivals.ts'
-import { commandExists, qemuRival, RunningRival, runFio, virtiodRival } from './rivals.ts'
+import { commandExists, qemuRival, RunningRival, runFio, virtiodRival, virtiodScsiRival } from './rivals.ts'
 
 const run = promisify(execFile)
 
@@ -65,6 +65,12 @@ function beside(
   }
 }
 
+/** The same file as LUN of a SCSI device, beside the block device. */
+function scsi(rw: 'randread' | 'randwrite', qd: number, driver: 'poll' | 'irq'): CompareCase {
+  const disk = k4(rw, qd, driver)
+  return { name: `scsi-${rw}-4k-qd${qd}-${driver}`, options: { ...disk, device: 'scsi' }, against: disk, goal: 0.8 }
+}
+
 const packed = { goal: 1 }
 const inflight = { goal: 0.95, cpuGoal: 1.05 }
 
@@ -87,6 +93,10 @@ export const OWN_CASES: readonly CompareCase[] = [
   },
   beside('log', 'randread', 32, 'poll'),
   beside('log', 'randwrite', 32, 'poll'),
+  scsi('randread', 1, 'poll'),
+  scsi('randread', 32, 'poll'),
+  scsi('randwrite', 32, 'poll'),
+  scsi('randread', 32, 'irq'),
 ]
 
 /** fio compares with this case. */
@@ -139,6 +149,7 @@ export function chosen<Case extends { readonly name: string }>(
 /** Runs the rounds of the disks. @throws Error with a sentence when the machine or the file won't do */
 export async function compare(options: CompareOptions): Promise<CompareResult> {
   const ours = virtiodRival(options.built)
+  const ourScsi = virtiodScsiRival(options.built)
   const theirs = qemuRival()
   const cases = chosen([...CASES, ...OWN_CASES], options.cases)
   await checkMachine(
@@ -161,7 +172,7 @@ export async function compare(options: CompareOptions): Promise<CompareResult> {
           const { against, options: on } = result.case
           const measured =
             which === 0
-              ? await measure(ours, result.case.name, on, options)
+              ? await measure(on.device === 'scsi' ? ourScsi : ours, result.case.name, on, options)
               : await measure(against === undefined ? theirs : ours, result.case.name, against ?? on, options)
           pair[which] = measured.result
           began[which] = measured.started

@@ -5,9 +5,10 @@ import * as blk from '../virtio/blk.ts'
 import * as virtio from '../virtio/constants.ts'
 import { featureBits, featureSet, hasFeature } from '../virtio/features.ts'
 import * as net from '../virtio/net.ts'
+import * as scsi from '../virtio/scsi.ts'
 
 /** What is behind a socket, as far as names of bits 0 … 23 and 50 … 63 go. */
-export type DeviceKind = 'blk' | 'net' | 'unknown'
+export type DeviceKind = 'blk' | 'net' | 'scsi' | 'unknown'
 
 /** Bit number → name, from the constants that begin with `prefix`. */
 function namesOf(constants: object, prefix: string): Map<number, string> {
@@ -24,6 +25,7 @@ const transport = new Map([
   [virtio.VHOST_USER_F_PROTOCOL_FEATURES, 'VHOST_USER_F_PROTOCOL_FEATURES'] as const,
 ])
 const blkNames = namesOf(blk, 'VIRTIO_BLK_F_')
+const scsiNames = namesOf(scsi, 'VIRTIO_SCSI_F_')
 const protocolNames = namesOf(wire, 'VHOST_USER_PROTOCOL_F_')
 
 /** virtio 1.3 §5.1.3: those of the constants, and the others that a back-end may offer. */
@@ -44,7 +46,7 @@ export interface NamedBit {
 
 /** The bits of the device and of the transport, named. */
 export function nameFeatures(features: bigint, kind: DeviceKind): NamedBit[] {
-  const device = kind === 'blk' ? blkNames : kind === 'net' ? netNames : new Map<number, string>()
+  const device = { blk: blkNames, net: netNames, scsi: scsiNames, unknown: new Map<number, string>() }[kind]
   return featureBits(features).map((bit) => ({
     bit,
     name: (bit < 24 || bit >= 50 ? device : transport).get(bit) ?? `bit ${bit}`,
@@ -78,15 +80,35 @@ const MAYBE_NET: readonly number[] = [
   net.VIRTIO_NET_F_CTRL_VQ,
 ]
 
+/** All that a SCSI device has; both of these two, or the first one, are offered by those that are known. */
+const SCSI = featureSet(scsi.VIRTIO_SCSI_F_HOTPLUG, scsi.VIRTIO_SCSI_F_CHANGE)
+const DEVICE_BITS = 0xff_ffffn
+
+/**
+ * Whether bits and config space are those of a SCSI device: it offers events and nothing else (a disk with bits 1 and 2 alone
+ * would have no flush, a network device with bit 1 no checksums of its own), and its config space has the size of an event
+ * in the place where a disk has heads and sectors.
+ * @param config unset: not looked at
+ */
+export function looksLikeScsi(features: bigint, config?: Uint8Array): boolean {
+  const bits = features & DEVICE_BITS
+  if ((bits & featureSet(scsi.VIRTIO_SCSI_F_HOTPLUG)) === 0n || (bits & ~SCSI) !== 0n) return false
+  if (config === undefined) return true
+  if (config.length < scsi.VIRTIO_SCSI_CONFIG_SIZE) return false
+  const { eventInfoSize, senseSize, cdbSize } = scsi.decodeScsiConfig(config)
+  return eventInfoSize === scsi.VIRTIO_SCSI_EVENT_SIZE && senseSize <= 252 && cdbSize >= 16 && cdbSize <= 260
+}
+
 /**
  * Which device offers these bits. The wire does not say (the front-end has to know), so this goes by bits that only one of
  * them has: block disks offer BLK_SIZE or GEOMETRY (6 is a relic in net, with which it has others), network devices a
  * control queue's commands, MTU or an offload that has no twin among the disks' bits. Where there are neither, block disks
- * offer SEG_MAX with FLUSH; network devices checksums, merged buffers, a control queue.
+ * offer SEG_MAX with FLUSH; network devices checksums, merged buffers, a control queue. For SCSI see {@link looksLikeScsi}.
  */
-export function guessDevice(features: bigint, hasConfig: boolean): DeviceKind {
+export function guessDevice(features: bigint, hasConfig: boolean): Exclude<DeviceKind, 'scsi'> {
   const has = (bit: number): boolean => hasFeature(features, bit)
   if ((features & ONLY_NET) !== 0n) return 'net'
+  if (looksLikeScsi(features)) return 'unknown'
   const plain = !has(net.VIRTIO_NET_F_CSUM)
   if (hasConfig && (features & ONLY_BLK) !== 0n && plain) return 'blk'
   if (hasConfig && has(blk.VIRTIO_BLK_F_SEG_MAX) && has(blk.VIRTIO_BLK_F_FLUSH) && plain) return 'blk'

@@ -27,7 +27,21 @@ export interface LoadOptions {
   readonly indirect: boolean
 }
 
-export class BlockLoad {
+/** A load on one virtqueue. */
+export interface Load {
+  readonly completed: number
+  readonly errors: number
+  /** Puts all requests in flight. @param now milliseconds */
+  start(now: number): void
+  /**
+   * Takes what has completed and issues as many again.
+   * @param clock a monotonic clock in milliseconds, read once when there is something @param more false: issue nothing
+   * @returns the number of completions
+   */
+  step(clock: () => number, more: boolean): number
+}
+
+export class BlockLoad implements Load {
   completed = 0
   errors = 0
   readonly #driver: VirtqueueDriver

@@ -13,10 +13,11 @@ import type { BlkConfig } from '../virtio/blk.ts'
 import { decodeBlkConfig } from '../virtio/blk.ts'
 import { VHOST_USER_F_PROTOCOL_FEATURES } from '../virtio/constants.ts'
 import { featureSet, hasFeature } from '../virtio/features.ts'
+import { decodeScsiConfig, type ScsiConfig } from '../virtio/scsi.ts'
 import { Connection } from './connection.ts'
 import { FrontendError } from './errors.ts'
 import type { DeviceKind, NamedBit } from './feature-names.ts'
-import { guessDevice, nameFeatures, nameProtocolFeatures } from './feature-names.ts'
+import { guessDevice, looksLikeScsi, nameFeatures, nameProtocolFeatures } from './feature-names.ts'
 import { decodeNetConfig, type NetConfig } from './net-features.ts'
 import type { Peer } from './peer.ts'
 import { describePeer } from './peer.ts'
@@ -48,6 +49,7 @@ export interface ProbeResult {
   readonly configBytes?: number
   readonly blk?: BlkConfig
   readonly net?: NetConfig
+  readonly scsi?: ScsiConfig
 }
 
 /** Sizes of the config space to ask for: whole, with zones, before zones, what QEMU asks, the oldest. */
@@ -75,7 +77,12 @@ export function deviceAt(socketPath: string): DeviceKind {
   try {
     const features = connection.getFeatures()
     if (!hasFeature(features, VHOST_USER_F_PROTOCOL_FEATURES)) return guessDevice(features, false)
-    return guessDevice(features, hasFeature(connection.getProtocolFeatures(), VHOST_USER_PROTOCOL_F_CONFIG))
+    const protocol = connection.getProtocolFeatures()
+    const hasConfig = hasFeature(protocol, VHOST_USER_PROTOCOL_F_CONFIG)
+    if (!hasConfig || !looksLikeScsi(features)) return guessDevice(features, hasConfig)
+    connection.setProtocolFeatures(protocol & featureSet(VHOST_USER_PROTOCOL_F_CONFIG))
+    connection.setOwner()
+    return looksLikeScsi(features, readConfig(socketPath, connection)) ? 'scsi' : guessDevice(features, true)
   } finally {
     connection.close()
   }
@@ -103,7 +110,8 @@ function ask(socketPath: string, connection: Connection, options: ProbeOptions):
   const queues = offers(VHOST_USER_PROTOCOL_F_MQ) ? connection.getQueueNum() : undefined
   const memorySlots = offers(VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) ? connection.getMaxMemSlots() : undefined
   const config = offers(VHOST_USER_PROTOCOL_F_CONFIG) ? readConfig(socketPath, connection) : undefined
-  const device = options.type ?? guessDevice(features, config !== undefined)
+  const guess = config !== undefined && looksLikeScsi(features, config) ? 'scsi' : undefined
+  const device = options.type ?? guess ?? guessDevice(features, config !== undefined)
   return {
     socket: socketPath,
     ...(peer && { peer }),
@@ -118,6 +126,7 @@ function ask(socketPath: string, connection: Connection, options: ProbeOptions):
     ...(config && { config: Buffer.from(config).toString('hex'), configBytes: config.length }),
     ...(config && device === 'blk' && config.length >= 8 && { blk: decodeBlkConfig(config, features) }),
     ...(config && device === 'net' && { net: decodeNetConfig(config, features) }),
+    ...(config && device === 'scsi' && config.length >= 36 && { scsi: decodeScsiConfig(config) }),
   }
 }
 
@@ -167,11 +176,17 @@ export function formatProbe(result: ProbeResult): string {
   if (result.configBytes !== undefined) lines.push(`config space, ${result.configBytes} bytes`)
   if (result.blk) lines.push(...formatBlkConfig(result.blk))
   else if (result.net) lines.push(...formatNetConfig(result.net))
+  else if (result.scsi) lines.push(...formatScsiConfig(result.scsi))
   else if (result.config !== undefined) lines.push(`  ${result.config}`)
   return lines.join('\n')
 }
 
-const DEVICE_NAMES: Readonly<Record<DeviceKind, string>> = { blk: 'virtio-blk', net: 'virtio-net', unknown: 'unknown' }
+const DEVICE_NAMES: Readonly<Record<DeviceKind, string>> = {
+  blk: 'virtio-blk',
+  net: 'virtio-net',
+  scsi: 'virtio-scsi',
+  unknown: 'unknown',
+}
 
 function formatNetConfig(config: NetConfig): string[] {
   const lines: string[] = []
@@ -184,6 +199,18 @@ function formatNetConfig(config: NetConfig): string[] {
   if (config.speed !== undefined) row('speed', `${config.speed} Mbit/s`)
   if (config.fullDuplex !== undefined) row('duplex', config.fullDuplex ? 'full' : 'half')
   return lines
+}
+
+function formatScsiConfig(config: ScsiConfig): string[] {
+  const row = (name: string, value: string): string => `  ${name.padEnd(18)} ${value}`
+  return [
+    row('request queues', String(config.numQueues)),
+    row('segments', `≤ ${config.segMax} of a request`),
+    row('sectors', `≤ ${config.maxSectors} of a request`),
+    row('commands', `≤ ${config.cmdPerLun} of a unit at once`),
+    row('sizes', `event ${config.eventInfoSize}, sense data ${config.senseSize}, CDB ${config.cdbSize} bytes`),
+    row('addresses', `channels ≤ ${config.maxChannel}, targets ≤ ${config.maxTarget}, units ≤ ${config.maxLun}`),
+  ]
 }
 
 function formatBlkConfig(config: BlkConfig): string[] {

@@ -40,6 +40,18 @@ export function virtiodRival(built: boolean): Rival {
   }
 }
 
+/** virtiod with the file as LUN 0 of a SCSI device. @param built as of {@link virtiodRival} */
+export function virtiodScsiRival(built: boolean): Rival {
+  return {
+    name: 'virtiod scsi',
+    // biome-ignore format: option and value on one line
+    command: (file, socket) => [
+      ...virtiodCommand(built), 'scsi', '--socket-path', socket, '--lun', file.replaceAll(',', ',,'),
+      '--num-queues', '1', '--iothreads', '1'
+    ],
+  }
+}
+
 /** @param discard `discard=unmap`, so that DISCARD and WRITE_ZEROES reach the file. @param queues default 1 */
 export function qemuRival(queues = 1, discard = false, writable = true): Rival {
   return {

@@ -110,7 +110,7 @@ class FakeIo implements DeviceIo {
 }
 
 export class FakeContext implements QueueContext {
-  readonly queueIndex = 0
+  readonly queueIndex: number = 0
   readonly queueSize = 256
   readonly features: bigint
   readonly io = new FakeIo()
@@ -121,7 +121,8 @@ export class FakeContext implements QueueContext {
   take = unused
   untake = unused
   give = unused
-  report = unused
+  report: (message: unknown) => void = unused
+  fail = unused
 
   constructor(features: bigint) {
     this.features = features

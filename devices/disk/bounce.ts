@@ -1,11 +1,12 @@
 /**
- * Aligned buffers for O_DIRECT where the guest's are not aligned, and a buffer of zeroes. One set per iothread,
- * shared by all its block queues; a request that finds none free waits its turn.
+ * Aligned buffers for O_DIRECT where the guest's are not aligned, and for what has to be looked at or made up on the
+ * way; and a buffer of zeroes. One set per iothread, shared by all its queues of disks; a request that finds none free
+ * waits its turn.
  */
 import type { Chain, DeviceIo, IoBuffer } from '../../src/device/index.ts'
 
 /** Bytes per bounce buffer; a larger request goes through it in pieces. */
-const BOUNCE_SIZE = 128 * 1024
+export const BOUNCE_SIZE = 128 * 1024
 const BOUNCE_COUNT = 16
 /** Bytes of the buffer of zeroes. */
 export const ZEROES = 1024 * 1024
