@@ -10,11 +10,21 @@
  * // …
  * await daemon.close()
  * ```
+ *
+ * A device of one's own, from one's own program:
+ *
+ * ```ts
+ * import { serve } from 'virtiod'
+ *
+ * await using device = await serve({ module: './my-device.ts', socketPath: '/tmp/my-device.sock', options: { size: 4096 } })
+ * await device.ended
+ * ```
  */
 export { type DaemonConfig, type DeviceConfig, loadConfig, parseConfig, type SocketAddress } from './daemon/config.ts'
 export { Daemon } from './daemon/daemon.ts'
 export { ERROR_CODES } from './daemon/error-codes.ts'
 export { createLogger, type Logger } from './daemon/log.ts'
+export { type ServedDevice, type ServeOptions, serve } from './daemon/serve.ts'
 export { ConfigError, DeviceError } from './device/errors.ts'
 export { type MetricsAddress, type OperationsServer, startOperationsServer } from './ops/http.ts'
 export { renderMetrics } from './ops/metrics.ts'

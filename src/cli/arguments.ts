@@ -4,7 +4,7 @@
  * table's to say.
  */
 import { parseArgs } from 'node:util'
-import { checkNames, type OptionInfo, optionsOf, suggest } from '../daemon/option-table.ts'
+import { checkNames, fromText, type OptionInfo, optionsOf, suggest } from '../daemon/option-table.ts'
 import { ConfigError } from '../device/errors.ts'
 import type { OptionScope, Positional } from './command.ts'
 
@@ -76,23 +76,7 @@ function convert(info: OptionInfo, value: string | undefined, inline: boolean): 
     const fix = `Give it as ${option} ${info.placeholder}.`
     throw new ConfigError('ERR_OPTION_VALUE_MISSING', option, 'its value is missing', fix)
   }
-  if (info.kind === 'integer' || (info.kind === 'choice' && typeof info.choices[0] === 'number')) {
-    return (info.size ? parseSize(value) : parseInteger(value)) ?? value
-  }
-  return value
-}
-
-function parseInteger(text: string): number | undefined {
-  return /^\d{1,15}$/.test(text) ? Number(text) : undefined
-}
-
-/** Bytes from `4096`, `4K`, `64KiB`, `1M`, `2G`, `1T`, powers of 1024; undefined when it is none. */
-export function parseSize(text: string): number | undefined {
-  const match = /^(\d{1,12})(?:([kmgt])(?:i?b)?)?$/i.exec(text)
-  if (match === null) return undefined
-  const power = match[2] === undefined ? 0 : 'kmgt'.indexOf(match[2].toLowerCase()) + 1
-  const bytes = Number(match[1]) * 1024 ** power
-  return Number.isSafeInteger(bytes) ? bytes : undefined
+  return fromText(info, value)
 }
 
 function checkPositionals(

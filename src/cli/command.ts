@@ -1,5 +1,5 @@
 /** What a command of virtiod is. Its parts are all that parsing, checking and help are made from. */
-import type { OptionTable } from '../daemon/option-table.ts'
+import type { OptionInfo, OptionTable } from '../daemon/option-table.ts'
 import type { ParsedArguments } from './arguments.ts'
 
 /** A group of options under a headline in the help. */
@@ -27,6 +27,8 @@ export interface Command {
   readonly scopes: readonly OptionScope[]
   /** Options that may be given more than once, as an array of values then. */
   readonly repeatable?: readonly string[]
+  /** For the help: what `--option` of this module takes. */
+  readonly moduleOptions?: { readonly module: string; readonly options: readonly OptionInfo[] }
   /** `--print-capabilities`: printed as JSON, whatever else is given. */
   readonly capabilities?: object
   /** @returns the exit code; @throws ConfigError for bad input */

@@ -13,6 +13,14 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     load: async () => (await import('./commands/start.ts')).startCommand,
   },
   ...Object.fromEntries(deviceCommands),
+  device: {
+    summary: 'serve a device of your own: a TypeScript or JavaScript file, or an npm package',
+    load: async (args) => (await import('./commands/module.ts')).moduleCommand(args),
+  },
+  new: {
+    summary: 'write a starting point for a device of your own, with tests',
+    load: async () => (await import('./commands/new.ts')).newCommand,
+  },
   run: {
     summary: 'serve any number of devices from a YAML or JSON file',
     load: async () => (await import('./commands/run.ts')).runCommand,

@@ -44,6 +44,11 @@ export function commandHelp(command: Command): string {
     lines.push('', 'Arguments:')
     for (const { name, description } of command.positionals) lines.push(...row(name, capital(description)))
   }
+  if (command.moduleOptions !== undefined) {
+    const { module, options } = command.moduleOptions
+    lines.push('', `Options of ${module}:`, ...options.flatMap((info) => row(moduleOptionUsage(info), withFacts(info))))
+    if (options.length === 0) lines.push('  none')
+  }
   for (const { title, table } of command.scopes) {
     const options = optionsOf(table)
     if (options.length > 0) lines.push('', `${title}:`)
@@ -56,6 +61,11 @@ export function commandHelp(command: Command): string {
 /** `--blk-file PATH`, `--read-only`. */
 export function optionUsage(info: OptionInfo): string {
   return info.kind === 'flag' ? `--${info.name}` : `--${info.name} ${info.placeholder}`
+}
+
+/** `--option size=SIZE`. */
+function moduleOptionUsage({ name, kind, placeholder }: OptionInfo): string {
+  return `--option ${name}=${kind === 'flag' ? 'true|false' : placeholder}`
 }
 
 /** What may be given, e.g. `1 to 256`, `none, writeback`; empty when the description says all. */

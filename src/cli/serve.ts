@@ -174,7 +174,7 @@ class Service {
     const handlers = {
       metrics: async () => {
         const { renderMetrics } = await import('../ops/metrics.ts')
-        return renderMetrics(this.#daemon?.snapshot() ?? { devices: [], iothreads: [] })
+        return renderMetrics((await this.#daemon?.collect()) ?? { devices: [], iothreads: [] })
       },
       health: async () => (this.#daemon === undefined ? 'starting' : this.#daemon.health()),
     }

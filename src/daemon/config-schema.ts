@@ -4,14 +4,14 @@
  */
 import { toJsonSchema } from '@valibot/to-json-schema'
 import * as v from 'valibot'
-import { deviceKeys } from './config.ts'
-import { deviceNames, devices } from './devices.ts'
+import { deviceKeys, moduleKeys } from './config.ts'
+import { deviceNames, devices, MODULE_TYPE } from './devices.ts'
 import { alternatives, asOptionTable, METADATA_KEYS } from './option-table.ts'
 import { daemonOptions, listenerOptions } from './options.ts'
 
 /** A JSON Schema (draft 2020-12) as a plain object. */
 export async function configSchema(): Promise<Record<string, unknown>> {
-  const variants = await Promise.all(deviceNames.map(deviceSchema))
+  const variants = [...(await Promise.all(deviceNames.map(deviceSchema))), moduleSchema()]
   const top = jsonSchema(daemonOptions)
   return {
     $schema: 'https://json-schema.org/draft/2020-12/schema',
@@ -23,7 +23,7 @@ export async function configSchema(): Promise<Record<string, unknown>> {
         description: 'The devices to serve, each on its own socket',
         type: 'array',
         minItems: 1,
-        items: variants.length === 1 ? variants[0] : { oneOf: variants },
+        items: { oneOf: variants },
       },
     },
     required: ['devices'],
@@ -40,11 +40,27 @@ async function deviceSchema(type: string): Promise<Record<string, unknown>> {
       ...own.entries,
     } as v.ObjectEntries)
   )
-  // Exactly one of them: a strictObject can't say that.
-  const exactlyOne = (names: readonly string[]): object => ({ oneOf: names.map((name) => ({ required: [name] })) })
   const choices = alternatives(own)
   const socket = exactlyOne(Object.keys(listenerOptions.entries))
   return choices.length === 0 ? { ...schema, ...socket } : { ...schema, allOf: [socket, exactlyOne(choices)] }
+}
+
+/** A device of the operator's own: its options are the module's to say. */
+function moduleSchema(): Record<string, unknown> {
+  const schema = jsonSchema(
+    v.strictObject({
+      ...deviceKeys.entries,
+      type: v.pipe(v.literal(MODULE_TYPE), v.description('Serve a device of your own')),
+      ...listenerOptions.entries,
+      ...moduleKeys.entries,
+    } as v.ObjectEntries)
+  )
+  return { ...schema, ...exactlyOne(Object.keys(listenerOptions.entries)) }
+}
+
+/** A strictObject can't say that. */
+function exactlyOne(names: readonly string[]): object {
+  return { oneOf: names.map((name) => ({ required: [name] })) }
 }
 
 /**

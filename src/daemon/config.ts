@@ -8,8 +8,11 @@ import { dirname, extname, resolve } from 'node:path'
 import * as v from 'valibot'
 import { ConfigError } from '../device/errors.ts'
 import type { DeviceDefinition } from '../device/index.ts'
+import { moduleUrl } from '../engine/module-url.ts'
 import type { MetricsAddress } from '../ops/http.ts'
-import { deviceNames, devices, type SeveralSockets } from './devices.ts'
+import { deviceNames, devices, MODULE_TYPE, type SeveralSockets } from './devices.ts'
+import { configuredModule } from './module-config.ts'
+import type { ModuleSource } from './module-device.ts'
 import {
   asOptionTable,
   checkNames,
@@ -40,6 +43,8 @@ export interface DeviceConfig {
   readonly definition: DeviceDefinition
   /** Checked by `definition.options`. */
   readonly options: unknown
+  /** It lives on threads of its own. Of a custom one, `definition` is a description that can't be opened. */
+  readonly module?: ModuleSource
   readonly socket: SocketAddress
 }
 
@@ -58,7 +63,11 @@ export interface DaemonConfig {
 
 /** The keys of a configured device that are neither its listener's nor its own. */
 export const deviceKeys = v.strictObject({
-  type: v.pipe(v.picklist(deviceNames), v.description('What to serve'), v.metadata({ placeholder: 'TYPE' })),
+  type: v.pipe(
+    v.picklist([...deviceNames, MODULE_TYPE]),
+    v.description('What to serve'),
+    v.metadata({ placeholder: 'TYPE' })
+  ),
   name: v.exactOptional(
     v.pipe(
       v.string(),
@@ -69,6 +78,23 @@ export const deviceKeys = v.strictObject({
       v.description("The device's name in metrics and logs, unique"),
       v.metadata({ placeholder: 'NAME', unset: 'its type and a number, as in blk0' })
     )
+  ),
+})
+
+/** What a device of a module has beside {@link deviceKeys}. */
+export const moduleKeys = v.strictObject({
+  module: v.pipe(
+    v.string(),
+    v.minLength(1),
+    v.description('The device module: a path (./my-device.ts), or the name of an npm package'),
+    v.metadata({ placeholder: 'MODULE' })
+  ),
+  options: v.exactOptional(
+    v.pipe(v.record(v.string(), v.unknown()), v.description('The options of the module'), v.metadata({ unset: 'none' }))
+  ),
+  watch: v.optional(
+    v.pipe(v.boolean(), v.description('Reload the module when its files change, while the guest keeps running')),
+    false
   ),
 })
 
@@ -161,7 +187,12 @@ export async function parseConfig(text: string, file: string): Promise<DaemonCon
   const configs: DeviceConfig[] = []
   for (const [index, values] of list.entries()) {
     const label: OptionLabel = (name) => `${file}: devices[${index}]${name === '' ? '' : `.${name}`}`
-    configs.push(await configuredDevice(values, label, base, counts, where))
+    const isModule = isMap(values) && values['type'] === MODULE_TYPE
+    configs.push(
+      isModule
+        ? await configuredModuleDevice(values, label, file, counts, where)
+        : await configuredDevice(values, label, base, counts, where)
+    )
   }
   refuseDuplicates(configs, file)
   return { ...daemonPart(top, inFile), devices: configs }
@@ -193,6 +224,37 @@ async function configuredDevice(
   return deviceConfig(name ?? `${type}${index}`, definition, resolvePaths(tables, values, base), label)
 }
 
+/** A device of type `device`. @param file the configuration file */
+async function configuredModuleDevice(
+  values: Values,
+  label: OptionLabel,
+  file: string,
+  counts: Map<string, number>,
+  where: string
+): Promise<DeviceConfig> {
+  const tables = [deviceKeys, listenerOptions, moduleKeys]
+  const names = tables.flatMap((table) => Object.keys(table.entries))
+  checkNames(Object.keys(values), names, label, 'key', where)
+  const { name } = checkValues(deviceKeys, values, label) as v.InferOutput<typeof deviceKeys>
+  const { module, options = {}, watch } = checkValues(moduleKeys, values, label) as v.InferOutput<typeof moduleKeys>
+  const socket = listenerPart(resolvePaths([listenerOptions], values, dirname(resolve(file))), label)
+  const configured = await configuredModule({
+    module,
+    directory: dirname(resolve(file)),
+    given: { values: options, text: false, file, label: `${label('options')}.`, where: moduleHelp(module) },
+    watch,
+  })
+  const type = configured.definition.name
+  const index = counts.get(type) ?? 0
+  counts.set(type, index + 1)
+  return { ...configured, name: name ?? `${type}${index}`, socket }
+}
+
+/** The end of a sentence about options of a module. */
+export function moduleHelp(module: string): string {
+  return `"virtiod device ${module} --help" lists the options`
+}
+
 /** Without a type the other keys can't be checked: a misspelled `type` is told as that, not as a missing one. */
 function refuseMisspelledType(values: Values, label: OptionLabel): void {
   const guess = Object.keys(values).find((key) => suggest(key, ['type']) !== undefined && key.length <= 6)
@@ -201,7 +263,7 @@ function refuseMisspelledType(values: Values, label: OptionLabel): void {
   }
 }
 
-function daemonPart(values: Values, label: OptionLabel): Omit<DaemonConfig, 'devices'> {
+export function daemonPart(values: Values, label: OptionLabel): Omit<DaemonConfig, 'devices'> {
   const options = checkValues(daemonOptions, values, label) as DaemonOptions
   const cpus = options['iothread-cpus']
   return {
@@ -214,9 +276,33 @@ function daemonPart(values: Values, label: OptionLabel): Omit<DaemonConfig, 'dev
 }
 
 function deviceConfig(name: string, definition: DeviceDefinition, values: Values, label: OptionLabel): DeviceConfig {
-  const listener = checkValues(listenerOptions, values, label) as ListenerOptions
-  const options = checkValues(asOptionTable(definition.options, definition.name), values, label)
-  return { name, definition, options, socket: socketAddress(listener, label) }
+  const socket = listenerPart(values, label)
+  const table = asOptionTable(definition.options, definition.name)
+  const options = checkValues(table, values, label)
+  const url = devices[definition.name]?.module
+  if (url === undefined) return { name, definition, options, socket }
+  const own = Object.keys(table.entries).filter((key) => values[key] !== undefined)
+  return {
+    name,
+    definition: { ...definition, queueModule: definition.queueModule ?? moduleUrl(url) },
+    options,
+    module: {
+      address: { specifier: moduleUrl(url).href, base: url.href, shown: definition.name },
+      given: {
+        values: Object.fromEntries(own.map((key) => [key, values[key]])),
+        text: false,
+        label: label('?').slice(0, -1),
+        where: `"virtiod ${definition.name} --help" lists the options`,
+      },
+      watch: false,
+    },
+    socket,
+  }
+}
+
+/** @throws ConfigError */
+export function listenerPart(values: Values, label: OptionLabel): SocketAddress {
+  return socketAddress(checkValues(listenerOptions, values, label) as ListenerOptions, label)
 }
 
 function socketAddress(listener: ListenerOptions, label: OptionLabel): SocketAddress {
@@ -241,6 +327,8 @@ function resolvePaths(tables: readonly OptionTable[], values: Values, base: stri
   for (const { name, path } of tables.flatMap(optionsOf)) {
     const value = values[name]
     if (path && typeof value === 'string' && value !== '') resolved[name] = resolve(base, value)
+    if (path && Array.isArray(value))
+      resolved[name] = value.map((one) => (typeof one === 'string' && one !== '' ? resolve(base, one) : one))
   }
   return resolved
 }

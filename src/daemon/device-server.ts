@@ -2,10 +2,10 @@
  * One device of the daemon: its socket, and the sessions of its front-ends, one after the other; and how both go on in
  * another process (handover.ts).
  */
+import { setImmediate } from 'node:timers/promises'
 import type { EventEmitter } from 'eventemitter3'
-import { ConfigError, type Device, type DeviceDefinition } from '../device/index.ts'
+import { ConfigError, type Device, type DeviceDefinition, DeviceError } from '../device/index.ts'
 import { ABANDONED, BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
-import type { IothreadPool } from '../engine/pool.ts'
 import type { DeviceSnapshot } from '../ops/snapshot.ts'
 import type { Connection } from '../vhost-user/connection.ts'
 import { ProtocolError } from '../vhost-user/errors.ts'
@@ -18,7 +18,11 @@ import type { Handed } from './handover.ts'
 import type { HandedDevice } from './handover-messages.ts'
 import { LineLimit } from './line-limit.ts'
 import type { Logger } from './log.ts'
-import { Rings } from './rings.ts'
+import { ModuleDevice } from './module-device.ts'
+import { failureText } from './module-failure.ts'
+import { ModuleWatch } from './module-watch.ts'
+import { Rings, type RingThreads } from './rings.ts'
+import { within } from './within.ts'
 
 /** What a program that runs a {@link Daemon} may listen to. */
 export interface DaemonEvents {
@@ -38,17 +42,30 @@ export class DeviceServer {
   readonly #socket: SocketAddress
   readonly #log: Logger
   readonly #events: EventEmitter<DaemonEvents>
-  /** For all lines that a guest or a front-end can cause. */
-  readonly #limit = new LineLimit()
+  /** The device in messages: the file of a module. */
+  readonly #shown: string
+  /** Its module is reloaded when its files change. */
+  readonly #watched: boolean
+  #watch: ModuleWatch | undefined
+  /** Why it ended was told already. */
+  #told: Session | undefined
+  /** For all lines that a guest or a front-end can cause: who comes and goes does not keep an error from being told. */
+  readonly #limits = { info: new LineLimit(), warn: new LineLimit(), error: new LineLimit() }
   /** The connection that was handed down has ended. */
   handedDownEnded = false
   #listener: Listener | undefined
   #session: Session | undefined
+  /** Of `#session`: resolves when nothing of it is left. */
+  #sessionEnd: Promise<void> = Promise.resolve()
   #running: Promise<void> | undefined
   #closing = false
   /** All is another process's. */
   #abandoned = false
   #suspending: Promise<void> | undefined
+  /** From `suspend` to `resume`. */
+  #handing: PromiseWithResolvers<void> | undefined
+  /** Never rejects. */
+  #exchanging: Promise<void> | undefined
   /** `Device.letGo` has been called. */
   #letGo = false
   /** `restore` has been called, and `begin` not yet: all is still the old process's. */
@@ -60,7 +77,7 @@ export class DeviceServer {
   constructor(
     config: DeviceConfig,
     device: Device,
-    pool: IothreadPool,
+    threads: RingThreads,
     log: Logger,
     events: EventEmitter<DaemonEvents>
   ) {
@@ -70,7 +87,18 @@ export class DeviceServer {
     this.#socket = config.socket
     this.#log = log
     this.#events = events
-    this.rings = new Rings(config.definition, device, pool)
+    this.#watched = config.module?.watch === true
+    this.#shown = config.module?.address.shown ?? config.definition.name
+    this.rings = new Rings(config.definition, device, threads)
+    if (device instanceof ModuleDevice) {
+      device.attach({
+        failed: (text, error) => this.#failed(text, { err: error }),
+        restarted: async () => {
+          await this.#sessionEnd
+          this.replaced(device)
+        },
+      })
+    }
   }
 
   /**
@@ -80,6 +108,7 @@ export class DeviceServer {
    * @throws ConfigError when the socket can't be had
    */
   listen(onEnd: () => void, hold = false): void {
+    this.#beginWatch()
     if ('fd' in this.#socket) {
       const connection = adopt(this.#socket.fd)
       if (connection !== undefined) {
@@ -93,10 +122,50 @@ export class DeviceServer {
     this.#log.info({ socket: this.#socket }, 'listening')
   }
 
+  // ---- other threads, or another device
+
+  /**
+   * Calls `swap` while no ring is started, so that it can put another device or other threads in place
+   * ({@link Rings.replace}). The front-end stays connected and is served on after that; those that come meanwhile wait.
+   * @param limitMs how long what is in flight may take
+   * @throws an Error when it takes longer: `swap` was not called, and all goes on as before; what `swap` throws
+   */
+  async exchange(swap: () => Promise<void>, limitMs: number): Promise<void> {
+    while (this.#handing !== undefined || this.#exchanging !== undefined)
+      await (this.#handing?.promise ?? this.#exchanging)
+    const exchanging = this.#exchange(swap, limitMs)
+    this.#exchanging = exchanging.catch(() => {})
+    try {
+      await exchanging
+    } finally {
+      this.#exchanging = undefined
+    }
+  }
+
+  async #exchange(swap: () => Promise<void>, limitMs: number): Promise<void> {
+    this.#listener?.hold()
+    try {
+      // A front-end that was accepted just now becomes the session.
+      await setImmediate()
+      if (await this.#session?.rehost(swap, limitMs)) return
+      await within(this.#sessionEnd, limitMs, `the last session has not ended after ${limitMs} ms`)
+      if (this.#closing) throw new Error('the daemon is stopping')
+      await swap()
+    } finally {
+      this.#listener?.resume()
+    }
+  }
+
+  /** Another instance of its module is the device now, on threads of its own. No ring is started. */
+  replaced(device: ModuleDevice): void {
+    this.rings.replace(device, device.threads, device.instance.described.shape)
+  }
+
   // ---- handover, the old process
 
   /** Stops serving in a state from which this process or another one goes on. New front-ends wait in the backlog. */
   suspend(): Promise<Handed> {
+    this.#handing = Promise.withResolvers()
     const suspending = this.#suspend()
     this.#suspending = suspending.then(
       () => {},
@@ -107,7 +176,7 @@ export class DeviceServer {
 
   /** Goes on after `suspend`, after one that failed, or instead of one that hangs. */
   async resume(): Promise<void> {
-    this.#takeBack()
+    await this.#takeBack()
     const session = this.#session
     try {
       // It ends a `suspend` that waits for what is in flight. Rings that never stopped are still paused.
@@ -118,24 +187,28 @@ export class DeviceServer {
       session?.connection.abort()
     }
     await this.#suspending
-    this.#takeBack()
+    await this.#takeBack()
     this.rings.staysActive = false
     this.#listener?.resume()
+    this.#handing?.resolve()
+    this.#handing = undefined
   }
 
   /** Lets go of what another process has now, without a trace on socket, connection or device. */
   abandon(): void {
     this.#abandoned = true
+    this.#watch?.[Symbol.dispose]()
     this.#session?.abandon()
     this.#listener?.abandon()
   }
 
   async #suspend(): Promise<Handed> {
+    await this.#exchanging
     this.#listener?.hold()
     this.rings.staysActive = true
     const saved = await this.#suspendSession()
     const state = await this.rings.saveState()
-    this.device.letGo?.()
+    await this.device.letGo?.()
     this.#letGo = true
     const file = this.#listener?.file
     const device: HandedDevice = {
@@ -163,10 +236,10 @@ export class DeviceServer {
     }
   }
 
-  #takeBack(): void {
+  async #takeBack(): Promise<void> {
     if (!this.#letGo) return
     this.#letGo = false
-    this.device.takeBack?.()
+    await this.device.takeBack?.()
   }
 
   // ---- handover, the new process
@@ -200,7 +273,7 @@ export class DeviceServer {
   /** Starts what was restored; its rings are paused until all devices are here. The old process has let go. */
   async start(): Promise<void> {
     try {
-      this.device.takeOver?.()
+      await this.device.takeOver?.()
     } catch (error) {
       // The old process is gone: whatever is missing, the other guests are served, and this one as far as that goes.
       this.#log.error({ err: error }, 'the device was not taken over whole')
@@ -220,6 +293,7 @@ export class DeviceServer {
     listener?.resume()
     if (!this.#restored) return
     this.#restored = false
+    this.#beginWatch()
     const session = this.#session
     const first = session === undefined ? Promise.resolve() : this.#run(session)
     if (listener !== undefined) this.#running = first.then(() => this.#acceptAll(listener))
@@ -230,8 +304,12 @@ export class DeviceServer {
   }
 
   /** Looks at the backing store again; a driver hears of a changed config space. */
-  refresh(): void {
-    if (this.device.refresh?.() === true) this.configChanged()
+  async refresh(): Promise<void> {
+    try {
+      if ((await this.device.refresh?.()) === true) this.configChanged()
+    } catch (error) {
+      this.#log.error({ err: error }, `the backing store was not looked at again: ${(error as Error).message}`)
+    }
   }
 
   configChanged(): void {
@@ -266,9 +344,23 @@ export class DeviceServer {
     this.#session?.iotlbMiss(index, address, access)
   }
 
-  deviceFailed(index: number, error: unknown): void {
-    this.#say('error', { queue: index, err: error }, 'the device failed, its session ends')
-    this.#session?.connection.abort()
+  /** A handler failed. @param chain the head of what it was at work on, if that is known */
+  deviceFailed(index: number, error: unknown, chain: number | undefined): void {
+    const what = chain === undefined ? `queue ${index}` : `chain ${chain} of queue ${index}`
+    if (this.device instanceof ModuleDevice && (error as { code?: unknown }).code === 'ERR_DEVICE_STUCK') {
+      // What never ends goes on in its thread, and may touch what the next driver is told.
+      return void this.device.instance.kill(error)
+    }
+    const said = error instanceof Error && error.message.startsWith(what)
+    this.#failed(failureText(error, said ? '' : what, this.#shown), { queue: index, chain, err: error })
+  }
+
+  #failed(text: string, details: object): void {
+    const session = this.#session
+    this.#told = session
+    const consequence = session === undefined ? 'the device failed' : 'the device failed, its session ends'
+    this.#say('error', details, `${consequence}: ${text}`)
+    session?.connection.abort()
   }
 
   /** Some mapping lost pages. Ends the session when it was one of its own. */
@@ -290,6 +382,8 @@ export class DeviceServer {
       protocolErrorsTotal: this.#protocolErrors,
       metrics: this.#definition.metrics ?? [],
       samples: [...(this.device.samples?.() ?? [])],
+      ...(this.device instanceof ModuleDevice && { blockedSeconds: this.device.blockedSeconds }),
+      ...(this.#watch && { reloads: this.#watch.counts }),
       queues: this.rings.queues
         .filter((queue) => queue.used)
         .map(({ index, thread, counters, ring, enabled, broken }) => ({
@@ -315,16 +409,23 @@ export class DeviceServer {
   /** Ends the session (what is in flight completes), removes the socket, closes the device. */
   async close(): Promise<void> {
     this.#closing = true
+    this.#watch?.[Symbol.dispose]()
     if (this.#restored) this.abandon()
     this.#listener?.[Symbol.dispose]()
     this.#session?.connection.abort()
     await this.#running
-    this.device.close()
+    await this.#exchanging
+    await this.device.close()
+  }
+
+  #beginWatch(): void {
+    if (this.#watched && this.device instanceof ModuleDevice)
+      this.#watch = new ModuleWatch(this.device, this, this.#log)
   }
 
   /** A line that a guest or a front-end caused. */
   #say(level: 'info' | 'warn' | 'error', details: object, message: string): void {
-    const more = this.#limit.take()
+    const more = this.#limits[level].take()
     if (more !== undefined) this.#log[level]({ ...details, ...more }, message)
   }
 
@@ -344,6 +445,8 @@ export class DeviceServer {
   }
 
   async #serve(connection: Connection): Promise<void> {
+    // A module that failed starts again.
+    if (this.device instanceof ModuleDevice) await this.device.ready
     this.rings.begin()
     const session = new Session(connection, this.rings)
     this.#adoptSession(session)
@@ -362,8 +465,13 @@ export class DeviceServer {
     this.#sessions++
   }
 
+  #run(session: Session): Promise<void> {
+    this.#sessionEnd = this.#runSession(session)
+    return this.#sessionEnd
+  }
+
   /** Until the front-end leaves. */
-  async #run(session: Session): Promise<void> {
+  async #runSession(session: Session): Promise<void> {
     const about = { session: this.rings.session }
     if (this.#closing) session.connection.abort()
     let cause: unknown
@@ -376,7 +484,11 @@ export class DeviceServer {
         this.#protocolErrors++
         const message = `the front-end broke the protocol, its connection is closed: ${error.message}`
         this.#say('error', { ...about, code: error.code }, message)
-      } else this.#say('error', { ...about, err: error }, 'the session failed, its connection is closed')
+      } else if (this.#told !== session && !(this.#closing && this.device instanceof ModuleDevice)) {
+        // That names file and line.
+        const where = error instanceof DeviceError ? `: ${error.message}` : ''
+        this.#say('error', { ...about, err: error }, `the session failed, its connection is closed${where}`)
+      }
     } finally {
       if (!this.#abandoned) {
         this.#session = undefined

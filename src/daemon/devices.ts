@@ -11,6 +11,8 @@ export interface DeviceEntry {
   readonly capabilities: { readonly type: string; readonly features?: readonly string[] }
   /** Its command takes several sockets, and serves one device of the same options on each. */
   readonly several?: SeveralSockets
+  /** It lives on threads of its own, as a stranger's device would: the file to load there. */
+  readonly module?: URL
   /** Imports the device's module, whose default export is its definition. */
   load(): Promise<DeviceDefinition>
 }
@@ -22,6 +24,9 @@ export interface SeveralSockets {
   readonly without: readonly string[]
 }
 
+/** The `type` of a device whose module the operator names. */
+export const MODULE_TYPE = 'device'
+
 export const devices: Readonly<Record<string, DeviceEntry>> = {
   blk: {
     summary: 'serve a disk: a raw image file or a block device',
@@ -30,11 +35,34 @@ export const devices: Readonly<Record<string, DeviceEntry>> = {
     // inside.
     load: async () => (await import('../../devices/blk/index.ts')).default as unknown as DeviceDefinition,
   },
+  scsi: {
+    summary: 'serve disks behind a SCSI controller: raw image files or block devices, each a logical unit',
+    capabilities: { type: 'scsi' },
+    load: async () => (await import('../../devices/scsi/index.ts')).default as unknown as DeviceDefinition,
+  },
   net: {
     summary: 'serve a network card: on a tap of the host, or on a switch inside virtiod',
     capabilities: { type: 'net' },
     several: { with: 'switch', without: ['mac', 'pcap'] },
     load: async () => (await import('../../devices/net/index.ts')).default as unknown as DeviceDefinition,
+  },
+  rng: {
+    summary: 'serve random numbers, at a limited rate if you like',
+    capabilities: { type: 'rng' },
+    module: new URL('../../devices/rng/index.ts', import.meta.url),
+    load: async () => (await import('../../devices/rng/index.ts')).default as unknown as DeviceDefinition,
+  },
+  vsock: {
+    summary: 'serve connections between programs of the guest and unix sockets of the host',
+    capabilities: { type: 'vsock' },
+    module: new URL('../../devices/vsock/index.ts', import.meta.url),
+    load: async () => (await import('../../devices/vsock/index.ts')).default as unknown as DeviceDefinition,
+  },
+  input: {
+    summary: 'serve a keyboard, mouse or tablet that does what it is told on a control socket',
+    capabilities: { type: 'input' },
+    module: new URL('../../devices/input/index.ts', import.meta.url),
+    load: async () => (await import('../../devices/input/index.ts')).default as unknown as DeviceDefinition,
   },
 }
 

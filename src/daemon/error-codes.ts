@@ -22,6 +22,8 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_SOCKET_FD: 'The inherited fd is no unix stream socket.',
   ERR_IOTHREAD_CPUS: 'The processors of --iothread-cpus do not exist, or this process may not use them.',
   ERR_METRICS_LISTEN: 'The address of the metrics server is taken or cannot be had.',
+  ERR_NEW_NAME: 'What is to be made by `virtiod new` has a name that npm or virtiod does not take.',
+  ERR_NEW_DIRECTORY: 'The directory for `virtiod new` is not empty, or cannot be written.',
   ERR_DEMO_IMAGE: 'The demonstration image cannot be created.',
   ERR_BLK_FILE_OPEN: 'The disk image or block device cannot be opened.',
   ERR_BLK_FILE_KIND: 'What is to be served is neither a regular file nor a block device.',
@@ -30,6 +32,14 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_BLK_BLOCK_SIZE: 'The file can only be accessed in larger blocks than asked for.',
   ERR_BLK_CACHE: 'The file system cannot do O_DIRECT, which --cache none needs.',
   ERR_BLK_DISCARD: 'The file system cannot free space inside a file, which --discard on needs.',
+  ERR_SCSI_LUN: 'A logical unit is not described as it has to be, or two have the same serial number.',
+  ERR_SCSI_FILE_OPEN: 'The file of a logical unit cannot be opened.',
+  ERR_SCSI_FILE_KIND: 'What is to be a logical unit is neither a regular file nor a block device.',
+  ERR_SCSI_FILE_LOCKED: 'Another process serves the file of a logical unit.',
+  ERR_SCSI_FILE_SIZE: 'The file of a logical unit is empty, or its size is no multiple of the block size.',
+  ERR_SCSI_BLOCK_SIZE: 'The file of a logical unit can only be accessed in larger blocks than asked for.',
+  ERR_SCSI_CACHE: 'The file system of a logical unit cannot do O_DIRECT, which --cache none needs.',
+  ERR_SCSI_DISCARD: 'The file system of a logical unit cannot free space inside a file, which --discard on needs.',
   ERR_NET_TAP_PERMISSION: 'This user may not open or create the tap.',
   ERR_NET_TAP_DEVICE: 'There is no /dev/net/tun.',
   ERR_NET_TAP_BUSY: 'Another process or another device has the tap open.',
@@ -44,13 +54,32 @@ export const ERROR_CODES: Readonly<Record<string, string>> = {
   ERR_NET_SWITCH_PORTS: 'All ports of the switch are taken.',
   ERR_NET_SWITCH_UPLINK: 'Two devices of a switch disagree about its uplink.',
   ERR_NET_PCAP: 'The capture file cannot be created, or is that of another device.',
+  ERR_RNG_SOURCE:
+    'The source of random bytes cannot be read, or is a regular file, which would tell two guests the same.',
+  ERR_VSOCK_UDS_PATH:
+    "The unix socket for a guest's host programs cannot be bound, or its path is too long for _PORT behind it.",
+  ERR_VSOCK_UDS_IN_USE: 'Another process or another device listens on the unix socket for host programs.',
+  ERR_INPUT_CONTROL: 'The control socket of an input device cannot be bound.',
+  ERR_DEVICE_MODULE:
+    'A device module cannot be loaded: it is not there, it or something that it imports has an error, or it never ends.',
+  ERR_DEVICE_DEFINITION:
+    'What a device module exports, or what its open returns, is no device: a field is missing or wrong.',
   // ---- ProtocolError: the front-end's; ends its session, or is a NACK
   ...sentences(PROTOCOL_ERRORS),
   // ---- DeviceError: the device's own
   ERR_DEVICE_API_VERSION: 'The device was written for another version of the device contract.',
+  ERR_DEVICE_OPEN: 'A device module threw while it opened its device.',
+  ERR_DEVICE_FAILED: 'A method of a device module threw, or its promise was rejected.',
+  ERR_DEVICE_SHAPE: 'A device module that was started again is another device than it was.',
   ERR_DEVICE_COMPLETED_TWICE: 'The device completed a chain that it had completed before.',
+  ERR_DEVICE_STUCK: 'The device has not completed a chain for longer than its timeout.',
+  ERR_DEVICE_EXIT: 'The device ended its thread: its module called process.exit.',
+  ERR_DEVICE_OVERRUN: 'The device wrote more than the chain holds, or said so when it completed it.',
+  ERR_DEVICE_CHAIN_GONE: 'The device read from a chain whose ring had ended.',
+  ERR_DEVICE_THREAD: 'The two halves of an async device run on different threads.',
   ERR_DEVICE_RECEIVER: 'The device took a chain out of a packet receiver that holds none.',
   // ---- RingError: the driver's; stops that ring
+  ERR_CHAIN: 'A request is shorter than what the device reads of it: its ring is broken with ERR_RING_REQUEST.',
   ...sentences(RING_ERRORS),
   // ---- a handover to a new process
   ERR_HANDOVER: 'The guests were not handed over to a new process: the one that served them goes on.',

@@ -28,6 +28,12 @@ export class KeptFiles implements HandoverFiles, Disposable {
     return found
   }
 
+  /** What a predecessor kept and nobody has taken, of the keys that begin with `prefix`; without that. */
+  waiting(prefix: string): [key: string, files: InheritedFiles][] {
+    const found = [...this.#inherited].filter(([key]) => key.startsWith(prefix))
+    return found.map(([key, files]) => [key.slice(prefix.length), files])
+  }
+
   /** What a successor gets. */
   get kept(): ReadonlyMap<string, InheritedFiles> {
     return this.#kept

@@ -16,7 +16,8 @@ export const METADATA_KEYS: readonly string[] = ['placeholder', 'unset', 'path',
 /** A schema with named entries: `v.strictObject({…})`, piped or not. */
 export type OptionTable = GenericSchema & { readonly entries: Readonly<Record<string, GenericSchema>> }
 
-export type OptionKind = 'flag' | 'integer' | 'choice' | 'text' | 'list'
+/** `value`: anything else; it can only come from a configuration file, or as text that the table reads itself. */
+export type OptionKind = 'flag' | 'integer' | 'number' | 'choice' | 'text' | 'list' | 'value'
 
 /** What one entry of a table says. */
 export interface OptionInfo {
@@ -31,7 +32,7 @@ export interface OptionInfo {
   readonly unset: string
   /** For kind `choice`. */
   readonly choices: readonly (string | number)[]
-  /** For kind `integer`; ±Infinity = no limit. */
+  /** For kinds `integer` and `number`; ±Infinity = no limit. */
   readonly min: number
   readonly max: number
   /** The value is a file name. */
@@ -65,10 +66,11 @@ export function asOptionTable(schema: GenericSchema, owner: string): OptionTable
 
 /** The options of a table, in its order. */
 export function optionsOf(table: OptionTable): OptionInfo[] {
-  return Object.entries(table.entries).map(([name, schema]) => describe(name, schema))
+  return Object.entries(table.entries).map(([name, schema]) => optionInfo(name, schema))
 }
 
-function describe(name: string, schema: GenericSchema): OptionInfo {
+/** What one schema says. */
+export function optionInfo(name: string, schema: GenericSchema): OptionInfo {
   // valibot's schemas are a union without a common shape; SchemaShape is the part that all of ours have.
   let inner = schema
   let required = true
@@ -82,7 +84,7 @@ function describe(name: string, schema: GenericSchema): OptionInfo {
   const shape = inner as unknown as SchemaShape
   const metadata = getMetadata(inner as Parameters<typeof getMetadata>[0])
   const requirement = (type: string): unknown => shape.pipe?.find((item) => item.type === type)?.requirement
-  const kind = kindOf(shape.type)
+  const kind = kindOf(shape)
   return {
     name,
     kind,
@@ -99,16 +101,17 @@ function describe(name: string, schema: GenericSchema): OptionInfo {
   }
 }
 
-function kindOf(type: string): OptionKind {
+function kindOf({ type, pipe }: SchemaShape): OptionKind {
   if (type === 'boolean') return 'flag'
-  if (type === 'number') return 'integer'
+  if (type === 'number')
+    return pipe?.some((item) => item.type === 'integer' || item.type === 'safe_integer') ? 'integer' : 'number'
   if (type === 'picklist') return 'choice'
   if (type === 'array') return 'list'
-  return 'text'
+  return type === 'string' ? 'text' : 'value'
 }
 
 function defaultPlaceholder(kind: OptionKind): string {
-  return kind === 'integer' ? 'N' : kind === 'choice' ? 'VALUE' : 'TEXT'
+  return kind === 'integer' || kind === 'number' ? 'N' : kind === 'choice' || kind === 'value' ? 'VALUE' : 'TEXT'
 }
 
 /** The allowed values in words, e.g. `an integer from 1 to 256`. */
@@ -122,13 +125,37 @@ export function allowedValues(info: OptionInfo): string {
       return 'a list'
     case 'text':
       return info.path ? 'a path' : 'text'
+    case 'value':
+      return 'another value'
+    case 'number':
     case 'integer': {
-      const noun = info.size ? 'bytes (K, M and G suffixes are understood)' : 'an integer'
+      const plain = info.kind === 'number' ? 'a number' : 'an integer'
+      const noun = info.size ? 'bytes (K, M and G suffixes are understood)' : plain
       if (Number.isFinite(info.min) && Number.isFinite(info.max)) return `${noun} from ${info.min} to ${info.max}`
       if (Number.isFinite(info.min)) return `${noun}, at least ${info.min}`
       return Number.isFinite(info.max) ? `${noun}, at most ${info.max}` : noun
     }
   }
+}
+
+/** The value of an option from a word of a command line, as its kind has it; what can't be one stays text, for the table to refuse. */
+export function fromText(info: OptionInfo, text: string): unknown {
+  const { kind, size, choices } = info
+  if (kind === 'flag') return text === 'true' ? true : text === 'false' ? false : text
+  const integer = kind === 'integer' || (kind === 'choice' && typeof choices[0] === 'number')
+  if (size && (integer || kind === 'number')) return parseSize(text) ?? text
+  if (integer) return /^-?\d{1,15}$/.test(text) ? Number(text) : text
+  if (kind === 'number') return /^-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(text) ? Number(text) : text
+  return text
+}
+
+/** Bytes from `4096`, `4K`, `64KiB`, `1M`, `2G`, `1T`, powers of 1024; undefined when it is none. */
+export function parseSize(text: string): number | undefined {
+  const match = /^(\d{1,12})(?:([kmgt])(?:i?b)?)?$/i.exec(text)
+  if (match === null) return undefined
+  const power = match[2] === undefined ? 0 : 'kmgt'.indexOf(match[2].toLowerCase()) + 1
+  const bytes = Number(match[1]) * 1024 ** power
+  return Number.isSafeInteger(bytes) ? bytes : undefined
 }
 
 /** How a caller names an option in errors: `--blk-file`, `devices[1].blk-file`. */
@@ -188,7 +215,7 @@ function valueError(
       sentence(issue.message)
     )
   }
-  const info = describe(name, schema)
+  const info = optionInfo(name, schema)
   const value = values[name]
   if (issue.type === 'raw_check') return misfitError(label(name), value !== undefined, issue.message)
   if (value === undefined) {
@@ -213,6 +240,7 @@ function problem(info: OptionInfo, value: unknown): string {
   const shown = JSON.stringify(value) ?? String(value)
   if (info.kind === 'integer' && Number.isInteger(value)) return `${shown} is out of range`
   if (info.kind === 'integer') return `${shown} is not an integer`
+  if (info.kind === 'number') return `${shown} is ${typeof value === 'number' ? 'out of range' : 'not a number'}`
   return `${shown} is not allowed`
 }
 
@@ -220,7 +248,9 @@ function fix(info: OptionInfo, value: unknown, issue: BaseIssue<unknown>): strin
   if (info.kind === 'text' && typeof value !== 'string') {
     return typeof value === 'number' ? `Give text: write it in quotes, "${value}".` : `Give ${allowedValues(info)}.`
   }
-  if (info.kind === 'text' && !issue.message.startsWith('Invalid ')) return sentence(issue.message)
+  if (info.kind === 'value') return sentence(issue.message)
+  // The schema's own words, where it has some.
+  if (!issue.message.startsWith('Invalid ')) return sentence(issue.message)
   const guess = typeof value === 'string' ? suggest(value, info.choices.map(String)) : undefined
   return `Give ${allowedValues(info)}.${guess === undefined ? '' : ` Did you mean ${guess}?`}`
 }

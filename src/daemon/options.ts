@@ -15,7 +15,7 @@ export const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', '
  * Twice QEMU's: the round trip to an interrupt-driven driver and back takes 25 µs of waking it, and with 32 a sleep of our
  * own on top (47 µs) makes that look like not worth polling. 64 instead of 32: 62 k IOPS instead of 18 k at depth 1.
  */
-const DEFAULT_POLL_MAX_US = 64
+export const DEFAULT_POLL_MAX_US = 64
 
 /** Options of the process: flags of every serving command and the top level of a configuration file. */
 export const daemonOptions = v.strictObject({

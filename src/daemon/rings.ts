@@ -5,7 +5,7 @@
 import type { Device, DeviceDefinition, NetworkRequests } from '../device/index.ts'
 import { QueueCounters } from '../engine/counters.ts'
 import type { Request } from '../engine/messages.ts'
-import { type IothreadHandle, type IothreadPool, moduleUrl } from '../engine/pool.ts'
+import { type IothreadHandle, moduleUrl } from '../engine/pool.ts'
 import type { RingHost, RingStart, SharedArea } from '../vhost-user/ring-host.ts'
 import {
   VHOST_F_LOG_ALL,
@@ -22,6 +22,7 @@ import {
 import { featureSet } from '../virtio/features.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import { changedSpan } from './config-space.ts'
+import { TIMEOUT_MS } from './module-shape.ts'
 
 /**
  * What the rings and the transport offer, whatever the device. Not there: RING_RESET, which front-ends serve by
@@ -44,7 +45,7 @@ export const RING_FEATURES = featureSet(
 /** One virtqueue of a device, over all sessions. */
 export class QueueSlot {
   readonly index: number
-  readonly thread: IothreadHandle
+  thread: IothreadHandle
   readonly counters = new QueueCounters()
   /** Its id on the iothread while the ring is started. */
   ring: number | undefined
@@ -59,6 +60,13 @@ export class QueueSlot {
   }
 }
 
+/** Which iothread a queue of a device is served by: an `IothreadPool`, or a device's own threads. */
+export interface RingThreads {
+  assign(group?: string): IothreadHandle
+  /** They are the device's own, and look for overdue chains. */
+  readonly own?: true
+}
+
 let nextSession = 1
 
 export class Rings implements RingHost {
@@ -68,24 +76,53 @@ export class Rings implements RingHost {
   readonly queues: readonly QueueSlot[]
   /** Identifies the present session on the iothreads. */
   session = 0
-  readonly #device: Device
-  readonly #module: string
-  readonly #threads: readonly IothreadHandle[]
+  #device: Device
+  #module: string
+  #timeoutMs: number
+  readonly #own: boolean
+  #threads: readonly IothreadHandle[]
   /** Rings to start by `release`. */
   #held: Map<number, RingStart> | undefined
   /** Handover: rings that stop go on, here or in another process, and need what they have. */
   staysActive = false
 
-  constructor(definition: DeviceDefinition, device: Device, pool: IothreadPool) {
+  constructor(definition: DeviceDefinition, device: Device, threads: RingThreads) {
     this.#device = device
     this.#module = moduleUrl(definition.queueModule!).href
+    this.#own = threads.own === true
+    this.#timeoutMs = this.#own ? (definition.timeoutMs ?? TIMEOUT_MS) : 0
     this.features = device.features | RING_FEATURES
     this.numQueues = device.numQueues
     this.maxQueueSize = device.maxQueueSize ?? VIRTQ_MAX_SIZE
     this.queues = Array.from(
       { length: device.numQueues },
-      (_, index) => new QueueSlot(index, pool.assign(device.iothreadGroup))
+      (_, index) => new QueueSlot(index, threads.assign(device.iothreadGroup))
     )
+    this.#threads = [...new Set(this.queues.map((queue) => queue.thread))]
+  }
+
+  /**
+   * Another device of the same shape, or the same on other threads, serves from now on. No ring is started; counters go on, since
+   * they are the queues'.
+   * @param threads for queue 0, 1, …, and again from the first
+   * @param shape what another version of a module may change
+   */
+  replace(
+    device: Device,
+    threads: readonly IothreadHandle[],
+    shape: { readonly queueModule: string; readonly timeoutMs: number } = {
+      queueModule: this.#module,
+      timeoutMs: this.#timeoutMs,
+    }
+  ): void {
+    // One that died, or is about to end, has forgotten the session as well.
+    for (const thread of this.#threads) thread.request({ kind: 'endSession', session: this.session }).catch(() => {})
+    // A thread may serve it again before it is through with that.
+    this.session = nextSession++
+    this.#device = device
+    this.#module = shape.queueModule
+    this.#timeoutMs = shape.timeoutMs
+    for (const queue of this.queues) queue.thread = threads[queue.index % threads.length]!
     this.#threads = [...new Set(this.queues.map((queue) => queue.thread))]
   }
 
@@ -96,7 +133,10 @@ export class Rings implements RingHost {
   }
 
   async end(): Promise<void> {
-    await this.#all({ kind: 'endSession', session: this.session })
+    const ended = this.#all({ kind: 'endSession', session: this.session })
+    // A device's own thread may have died, and the rings with it.
+    await (this.#own ? ended.catch(() => {}) : ended)
+    for (const queue of this.queues) queue.ring = undefined
   }
 
   get network(): NetworkRequests | undefined {
@@ -160,6 +200,7 @@ export class Rings implements RingHost {
         module: this.#module,
         data: this.#device.queueData,
         counters: queue.counters.buffer,
+        timeoutMs: this.#timeoutMs,
       })
     } catch (error) {
       queue.thread.freeRing(ring)

@@ -95,6 +95,29 @@ export const METRICS: readonly MetricRow[] = [
     collect: (devices) => perDevice(devices, (device) => device.memoryRegions),
   },
   {
+    name: 'virtiod_device_blocked_seconds_total',
+    type: 'counter',
+    labels: ['device'],
+    help: 'Time in which the thread of a device of its own did not answer, from one second on; other devices have none',
+    *collect(devices) {
+      for (const { name, blockedSeconds } of devices)
+        if (blockedSeconds !== undefined) yield { labels: { device: name }, value: blockedSeconds }
+    },
+  },
+  {
+    name: 'virtiod_device_reloads_total',
+    type: 'counter',
+    labels: ['device', 'result'],
+    help: 'Reloads of a module that is watched, by result: ok, or failed while the version before served on; other devices have none',
+    *collect(devices) {
+      for (const { name, reloads } of devices) {
+        if (reloads === undefined) continue
+        for (const result of ['ok', 'failed'] as const)
+          yield { labels: { device: name, result }, value: reloads[result] }
+      }
+    },
+  },
+  {
     name: 'virtiod_vring_started',
     type: 'gauge',
     labels: ['device', 'queue', 'iothread'],
@@ -198,8 +221,9 @@ export async function renderMetrics(snapshot: DaemonSnapshot): Promise<string> {
       const name = row.name.replace('<type>', type)
       if (name !== row.name) register(registry, row, name, row.collect(devices, snapshot, name))
     }
-    // Devices of a type have one definition, and with it the same metrics.
-    for (const metric of devices[0]!.metrics) {
+    // Devices of a type have one definition, and with it the same metrics; two modules may have the same name.
+    const own = new Map(devices.flatMap(({ metrics }) => metrics).map((metric) => [metric.name, metric]))
+    for (const metric of own.values()) {
       register(registry, metric, deviceMetricName(type, metric), ownSamples(devices, metric))
     }
   }

@@ -30,6 +30,10 @@ export interface DeviceSnapshot {
   readonly metrics: readonly DeviceMetric[]
   /** `Device.samples()` now; empty without. */
   readonly samples: readonly DeviceSample[]
+  /** For a device on threads of its own: for how long they did not answer so far, in seconds. */
+  readonly blockedSeconds?: number
+  /** For a device whose module is watched: reloads of it so far. */
+  readonly reloads?: { readonly ok: number; readonly failed: number }
 }
 
 export interface QueueSnapshot {

@@ -1,7 +1,8 @@
 /** What the command line makes of words, without a process. */
 import * as v from 'valibot'
 import { describe, expect, test } from 'vitest'
-import { parseArguments, parseSize } from '../../src/cli/arguments.ts'
+import { parseArguments } from '../../src/cli/arguments.ts'
+import { parseSize } from '../../src/daemon/option-table.ts'
 import { ConfigError } from '../../src/device/errors.ts'
 
 const scopes = [

@@ -13,6 +13,7 @@ import {
   truncateSync,
   writeFileSync,
 } from 'node:fs'
+import { get } from 'node:http'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { BlkDriver } from '../../src/frontend/blk.ts'
@@ -274,6 +275,20 @@ export class Load {
     }
     return bytes
   }
+}
+
+/** The lines of /metrics on a unix socket. */
+export function scrape(socketPath: string): Promise<string[]> {
+  return new Promise((resolve, reject) => {
+    // No pool: the front-end blocks this thread, and an idle connection would be cut meanwhile.
+    get({ socketPath, path: '/metrics', agent: false }, (response) => {
+      let text = ''
+      response.setEncoding('utf8').on('data', (part: string) => {
+        text += part
+      })
+      response.on('end', () => resolve(text.split('\n')))
+    }).on('error', reject)
+  })
 }
 
 /** Waits, in the middle of a test that blocks anyway. */

@@ -3,6 +3,7 @@ import { expect, test } from 'vitest'
 import { blkOptions } from '../../devices/blk/options.ts'
 import { netOptions } from '../../devices/net/options.ts'
 import { configSchema } from '../../src/daemon/config-schema.ts'
+import { deviceNames } from '../../src/daemon/devices.ts'
 import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 
 interface Schema {
@@ -29,7 +30,7 @@ test('top level and device', async () => {
     required: ['devices'],
   })
   expect(Object.keys(schema.properties).sort()).toEqual([...Object.keys(daemonOptions.entries), 'devices'].sort())
-  expect(schema.properties['devices']!.items!.oneOf).toHaveLength(2)
+  expect(schema.properties['devices']!.items!.oneOf).toHaveLength(deviceNames.length + 1)
   const device = deviceSchema(schema, 'blk')
   expect(device).toMatchObject({ type: 'object', additionalProperties: false, required: ['type', 'blk-file'] })
   expect(device.oneOf.map(({ required }) => required)).toEqual([['socket-path'], ['fd']])

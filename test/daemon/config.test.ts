@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import type { BlkOptions } from '../../devices/blk/options.ts'
 import { configFromFlags, type DaemonConfig, loadConfig, parseConfig } from '../../src/daemon/config.ts'
-import { devices } from '../../src/daemon/devices.ts'
+import { deviceNames, devices } from '../../src/daemon/devices.ts'
 import { ConfigError } from '../../src/device/errors.ts'
 
 const FILE = '/etc/virtiod/disks.yaml'
@@ -266,7 +266,7 @@ devices:
     [
       'devices:\n - {type: bkl}',
       'ERR_OPTION_VALUE',
-      ': devices[0].type: "bkl" is not allowed. Give blk or net. Did you mean blk?',
+      `: devices[0].type: "bkl" is not allowed. Give one of ${[...deviceNames, 'device'].join(', ')}. Did you mean blk?`,
     ],
     [
       `devices:\n - {${device}}\n - {type: blk, blk-fil: x}`,

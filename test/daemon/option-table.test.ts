@@ -126,9 +126,14 @@ test('unknown names', () => {
 
 test('allowed values in words', () => {
   const infos = optionsOf(
-    v.strictObject({ a: v.pipe(v.number(), v.minValue(2)), b: v.number(), c: v.array(v.string()) })
+    v.strictObject({
+      a: v.pipe(v.number(), v.integer(), v.minValue(2)),
+      b: v.number(),
+      c: v.array(v.string()),
+      d: v.pipe(v.number(), v.minValue(0), v.maxValue(0.5)),
+    })
   )
-  expect(infos.map(allowedValues)).toEqual(['an integer, at least 2', 'an integer', 'a list'])
+  expect(infos.map(allowedValues)).toEqual(['an integer, at least 2', 'a number', 'a list', 'a number from 0 to 0.5'])
 })
 
 describe('suggestions', () => {

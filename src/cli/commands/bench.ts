@@ -25,9 +25,9 @@ const text = (description: string, metadata: Record<string, unknown>) =>
 const commonOptions = v.strictObject({
   device: v.optional(
     v.pipe(
-      v.picklist(['auto', 'blk', 'net']),
+      v.picklist(['auto', 'blk', 'scsi', 'net']),
       v.description('What is behind the socket; auto goes by the features that it offers'),
-      v.metadata({ placeholder: 'auto|blk|net' })
+      v.metadata({ placeholder: 'auto|blk|scsi|net' })
     ),
     'auto'
   ),
@@ -67,6 +67,7 @@ const blkOptions = v.strictObject({
       placeholder: 'SIZE',
     })
   ),
+  lun: v.optional(integer(0, 255, 'The logical unit of a SCSI device'), 0),
   indirect: flag('Use indirect descriptors where they are offered'),
   'in-order': flag('Have everything completed in order; the back-end has to offer IN_ORDER'),
   log: flag('Have the back-end log the pages that it writes to, as in a live migration'),
@@ -105,7 +106,7 @@ type Progress = { progress?: (line: string) => void }
 export const benchCommand: Command = {
   name: 'bench',
   description:
-    'Measure a vhost-user-blk or vhost-user-net back-end (virtiod, qemu-storage-daemon, SPDK, DPDK or any other) through ' +
+    'Measure a vhost-user-blk, vhost-user-scsi or vhost-user-net back-end (virtiod, qemu-storage-daemon, SPDK, DPDK or any other) through ' +
     'its socket. For a disk: IOPS, MB/s and latency percentiles. For a network device: packets/s and Gbit/s into it or ' +
     'out of it; with a second socket from the first to the second, through a switch for example. And for both kicks, ' +
     'calls and the processor time of the back-end per request. Pin the two ends with taskset for figures that repeat.',
@@ -123,23 +124,32 @@ export const benchCommand: Command = {
     const common = checked(commonOptions, values)
     const sockets = positionals as readonly [string] | readonly [string, string]
     const device = common.device === 'auto' ? await deviceBehind(sockets[0], values, sockets.length) : common.device
-    const others = device === 'blk' ? netOptions : blkOptions
+    const others = device === 'net' ? blkOptions : netOptions
     const stray = Object.keys(others.entries).find((name) => values[name] !== undefined)
     if (stray !== undefined) throw misplaced(`--${stray}`, device)
-    if (device === 'blk' && sockets[1] !== undefined) throw misplaced(sockets[1], device)
+    if (device !== 'net' && sockets[1] !== undefined) throw misplaced(sockets[1], device)
+    if (device === 'blk' && values['lun'] !== undefined) throw misplaced('--lun', device, 'a SCSI device')
     const progress: Progress = common.json || !process.stderr.isTTY ? {} : { progress: showProgress }
     const ok =
-      device === 'blk'
-        ? await runBlk(sockets[0], values, common, progress)
-        : await runNet(sockets, values, common, progress)
+      device === 'net'
+        ? await runNet(sockets, values, common, progress)
+        : await runDisk(sockets[0], device, values, common, progress)
     return ok ? EXIT_OK : EXIT_FAILURE
   },
 }
 
-async function runBlk(socket: string, values: Values, common: Common, progress: Progress): Promise<boolean> {
+async function runDisk(
+  socket: string,
+  device: 'blk' | 'scsi',
+  values: Values,
+  common: Common,
+  progress: Progress
+): Promise<boolean> {
   const options = checked(blkOptions, values)
   const { bench, formatBench, writeWarning } = await import('../../frontend/bench.ts')
   const settings: BenchOptions = {
+    device,
+    lun: options.lun,
     rw: options.rw,
     bs: options.bs,
     qd: options.qd,
@@ -201,7 +211,7 @@ function ringOptions(common: Common): Pick<BenchOptions, 'noEventIdx' | 'packed'
 }
 
 /** What a socket offers decides; options of one kind alone, or a second socket, decide where that is not enough. */
-async function deviceBehind(socket: string, values: Values, sockets: number): Promise<'blk' | 'net'> {
+async function deviceBehind(socket: string, values: Values, sockets: number): Promise<'blk' | 'scsi' | 'net'> {
   const { deviceAt } = await import('../../frontend/probe.ts')
   const device = deviceAt(socket)
   if (device !== 'unknown') return device
@@ -212,16 +222,18 @@ async function deviceBehind(socket: string, values: Values, sockets: number): Pr
     'ERR_OPTION_REQUIRED',
     '--device',
     `the features of ${socket} don't show what it is`,
-    'Give --device blk or --device net.'
+    'Give --device blk, --device scsi or --device net.'
   )
 }
 
-function misplaced(what: string, device: 'blk' | 'net'): ConfigError {
-  const [is, not] = device === 'blk' ? ['a disk', 'a network device'] : ['a network device', 'a disk']
+const NOUNS = { blk: 'a disk', scsi: 'a SCSI device', net: 'a network device' } as const
+
+function misplaced(what: string, device: keyof typeof NOUNS, owner?: string): ConfigError {
+  const not = owner ?? (device === 'net' ? NOUNS.blk : NOUNS.net)
   return new ConfigError(
     'ERR_OPTION_VALUE',
     what,
-    `it is for ${not}, and behind the socket is ${is}`,
+    `it is for ${not}, and behind the socket is ${NOUNS[device]}`,
     `Leave it out, or say what the device is by --device.`
   )
 }

@@ -3,19 +3,20 @@
  * only they know their properties, but takes no locks and touches no taps: it works beside a running daemon.
  */
 import { createHash } from 'node:crypto'
-import { fstatSync, openSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import * as v from 'valibot'
 import { configFromFlags, type DeviceConfig, loadConfig } from '../../daemon/config.ts'
-import { deviceNames, devices } from '../../daemon/devices.ts'
+import { deviceNames, devices, MODULE_TYPE } from '../../daemon/devices.ts'
+import { observer } from '../../daemon/observer.ts'
 import { checkValues } from '../../daemon/option-table.ts'
 import { daemonOptions, listenerOptions } from '../../daemon/options.ts'
 import { formatQemuArguments, type QemuAttachment, qemuArguments } from '../../daemon/qemu-args.ts'
-import { ConfigError, type DeviceHost, type FileInfo, type NetworkHost, type QemuDevice } from '../../device/index.ts'
+import { ConfigError, type QemuDevice } from '../../device/index.ts'
 import type { Command } from '../command.ts'
 import { EXIT_OK } from '../exit-codes.ts'
 import { deviceScope, repeatable } from './device.ts'
+import { configFromModule, moduleCommand } from './module.ts'
 
 const guestOptions = v.strictObject({
   memory: v.optional(
@@ -35,6 +36,7 @@ const description =
 
 /** @param args decide between the two forms: a file, or a device type (unsaid: the first of the registry) and its flags */
 export async function qemuArgsCommand(args: readonly string[]): Promise<Command> {
+  if (args[0] === MODULE_TYPE) return moduleQemuArgs(args.slice(1))
   const named = deviceNames.find((name) => name === args[0])
   const flagsOnly = args.some((arg) => /^--(socket-path|fd)(=|$)/.test(arg))
   const type = named ?? (flagsOnly ? deviceNames[0] : undefined)
@@ -43,9 +45,11 @@ export async function qemuArgsCommand(args: readonly string[]): Promise<Command>
     return {
       name: 'qemu-args',
       description,
-      usage: ['CONFIG', ...deviceNames.map((name, index) => `${index === 0 ? `[${name}]` : name} FLAGS`)].map(
-        (what) => `${what} [--memory SIZE]`
-      ),
+      usage: [
+        'CONFIG',
+        ...deviceNames.map((name, index) => `${index === 0 ? `[${name}]` : name} FLAGS`),
+        `${MODULE_TYPE} MODULE FLAGS`,
+      ].map((what) => `${what} [--memory SIZE]`),
       positionals: [{ name: 'CONFIG', description: 'a YAML or JSON file, or the flags of a device command' }],
       scopes: [guest],
       run: async ({ values, positionals }) => print((await loadConfig(positionals[0]!)).devices, values),
@@ -68,6 +72,18 @@ export async function qemuArgsCommand(args: readonly string[]): Promise<Command>
   }
 }
 
+async function moduleQemuArgs(args: readonly string[]): Promise<Command> {
+  const command = await moduleCommand(args)
+  const guest = { title: 'Guest options', table: guestOptions }
+  return {
+    ...command,
+    name: `qemu-args ${MODULE_TYPE}`,
+    description,
+    scopes: [guest, ...command.scopes],
+    run: async (input) => print((await configFromModule(input)).devices, input.values),
+  }
+}
+
 async function print(configs: readonly DeviceConfig[], values: Readonly<Record<string, unknown>>): Promise<number> {
   const { memory } = checkValues(guestOptions, values, (name) => `--${name}`) as v.InferOutput<typeof guestOptions>
   const attachments: QemuAttachment[] = []
@@ -77,24 +93,29 @@ async function print(configs: readonly DeviceConfig[], values: Readonly<Record<s
 }
 
 /** @throws ConfigError when the device can't be attached to QEMU by a path */
-export async function attachment({ name, definition, options, socket }: DeviceConfig): Promise<QemuAttachment> {
+export async function attachment(config: DeviceConfig): Promise<QemuAttachment> {
+  const { name, socket } = config
   if (!('path' in socket)) {
     const fix = 'Give the path of the socket that the fd belongs to.'
     throw new ConfigError('ERR_OPTION_REQUIRED', '--socket-path', `missing: QEMU can't connect to an fd`, fix)
   }
+  const qemu = await qemuOf(config)
+  const socketPath = resolve(socket.path)
+  if (qemu !== undefined) return { name, socketPath, device: withMac(qemu, socketPath) }
+  throw new ConfigError('ERR_ARGUMENT', name, 'this device does not say how QEMU attaches it', 'See its documentation.')
+}
+
+async function qemuOf(config: DeviceConfig): Promise<QemuDevice | undefined> {
+  const { definition, options, module } = config
+  // What a device can say without being opened is said while it is open elsewhere.
+  const told = module?.qemu ?? definition.qemu?.(options)
+  if (told !== undefined) return told
+  if (module !== undefined) return (await import('../../daemon/open-device.ts')).lookedAtQemu(config)
   const device = await definition.open(options, observer)
   try {
-    const qemu = device.qemu?.()
-    const socketPath = resolve(socket.path)
-    if (qemu !== undefined) return { name, socketPath, device: withMac(qemu, socketPath) }
-    throw new ConfigError(
-      'ERR_ARGUMENT',
-      name,
-      'this device does not say how QEMU attaches it',
-      'See its documentation.'
-    )
+    return device.qemu?.()
   } finally {
-    device.close()
+    await device.close()
   }
 }
 
@@ -107,53 +128,4 @@ function withMac(device: QemuDevice, socketPath: string): QemuDevice {
   const digest = createHash('sha256').update(`${hostname()}:${socketPath}`).digest()
   const mac = ['52', '54', '00', ...[0, 1, 2].map((index) => digest.toString('hex', index, index + 1))].join(':')
   return { ...device, properties: { mac, ...device.properties } }
-}
-
-const ignore = (): void => {}
-const succeed = (): number => 0
-
-/** Every tap and bridge is there and takes everything; none is touched. */
-const noNetwork: NetworkHost = {
-  // Fds that can be closed.
-  openTap: () => openSync('/dev/null', 'r+'),
-  tapInfo: () => ({
-    name: 'tap',
-    vnetHeader: true,
-    multiQueue: true,
-    attached: true,
-    tun: false,
-    packetInfo: false,
-    headerSize: 12,
-  }),
-  setTapHeaderSize: succeed,
-  setTapOffloads: succeed,
-  setTapQueue: succeed,
-  setNonblocking: succeed,
-  link: () => ({ index: 1, up: true, mtu: 1500, mac: new Uint8Array(6), bridge: true, master: 1 }),
-  setLinkUp: succeed,
-  setLinkMtu: succeed,
-  discardPackets: succeed,
-  addToBridge: succeed,
-  writePacket: succeed,
-}
-
-/** What a device sees of a host that only looks: no locks, no probing of the file, no taps. */
-export const observer: DeviceHost = {
-  name: '',
-  daemon: {},
-  signal: new AbortController().signal,
-  network: noNetwork,
-  send: ignore,
-  log: { debug: ignore, info: ignore, warn: ignore, error: ignore },
-  fileInfo: (fd): FileInfo => {
-    const stat = fstatSync(fd)
-    const kind = stat.isFile() ? 'file' : stat.isBlockDevice() ? 'block' : 'other'
-    // The size of a block device is not fstat's to tell, and no argument of QEMU depends on it.
-    const size = kind === 'block' ? 2 ** 40 : stat.size
-    return { kind, size, blockSize: 512, directMemoryAlign: 512, directOffsetAlign: 512 }
-  },
-  lockFile: () => true,
-  fallocate: () => 0,
-  configChanged: ignore,
-  handover: { keep: ignore, forget: ignore, take: () => undefined },
 }

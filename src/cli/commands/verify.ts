@@ -62,9 +62,11 @@ export const verifyCommand: Command = {
     }
     const socket = positionals[0]!
     const { deviceAt } = await import('../../frontend/probe.ts')
-    if (deviceAt(socket) === 'net') {
-      const fix = 'Give the socket of a disk; "virtiod probe" and "virtiod bench" know network cards.'
-      throw new ConfigError('ERR_ARGUMENT', socket, 'a network card is there, and the cases are for disks', fix)
+    const device = deviceAt(socket)
+    if (device === 'net' || device === 'scsi') {
+      const fix = 'Give the socket of a virtio-blk disk; "virtiod probe" and "virtiod bench" know the others.'
+      const found = device === 'net' ? 'network card' : 'SCSI device'
+      throw new ConfigError('ERR_ARGUMENT', socket, `a ${found} is there, and the cases are for disks`, fix)
     }
     const result = await verify(socket, {
       readOnly: options['read-only'],
