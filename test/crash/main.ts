@@ -1,6 +1,7 @@
 /**
  * `npm run crash`: the survival tests without bounds. `-- [kill] --kills 1000 --seed 7 --packed` kills virtiod under a
- * verifying load; `-- reconnects --count 10000` lets front-ends come and go. It owns the command line.
+ * verifying load; `-- reconnects --count 10000` lets front-ends come and go; `-- reloads --count 100` changes the module
+ * of a disk. It owns the command line.
  */
 import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -8,9 +9,11 @@ import { parseArgs } from 'node:util'
 import { Daemon } from './daemon.ts'
 import { killRepeatedly } from './kill-run.ts'
 import { describeFootprint, footprint, reconnect, sessionVariants } from './reconnects.ts'
+import { reloadRepeatedly } from './reloads.ts'
 
 const USAGE = `Usage: npm run crash -- [kill] [options]
        npm run crash -- reconnects [--count N] [--seed N] [--directory PATH]
+       npm run crash -- reloads [--count N] [--inflight] [options but --kills, --cache, --rest-every]
 
   --kills N          how often virtiod is killed (default 100)
   --seed N           of requests and schedule (default: the time)
@@ -33,6 +36,7 @@ const { values, positionals } = parseArgs({
     seed: { type: 'string', default: String(Date.now() % 2 ** 31) },
     packed: { type: 'boolean', default: false },
     'in-order': { type: 'boolean', default: false },
+    inflight: { type: 'boolean', default: false },
     queues: { type: 'string', default: '2' },
     depth: { type: 'string', default: '24' },
     size: { type: 'string', default: '16' },
@@ -117,11 +121,42 @@ async function reconnects(): Promise<void> {
   }
 }
 
+async function reloads(): Promise<void> {
+  const seed = whole('seed')
+  const words = [
+    values.packed ? 'packed' : 'split',
+    values['in-order'] && 'in order',
+    values.inflight && 'in-flight buffer',
+  ]
+  const format = words.filter((word) => word !== false).join(', ')
+  say(`seed ${seed}: ${values.count} reloads, ${format}, ${values.queues} queues, depth ${values.depth}`)
+  const result = await reloadRepeatedly({
+    count: whole('count'),
+    seed,
+    packed: values.packed,
+    inOrder: values['in-order'],
+    inflight: values.inflight,
+    queues: whole('queues'),
+    depth: whole('depth'),
+    bytes: whole('size') * 2 ** 20,
+    maxServeMs: whole('serve-ms'),
+    engine: values.engine === 'emulated' ? 'emulated' : 'io_uring',
+    directory: values.directory,
+    say,
+  })
+  say(
+    `${values.count} reloads in ${(result.milliseconds / 1000).toFixed(1)} s, seed ${seed}, ${format}; ` +
+      `the guest waited ${result.medianPauseMs.toFixed(1)} ms in the median and ${result.longestPauseMs.toFixed(1)} ms at most`
+  )
+  say(`${result.requests} requests, each completed once; ${result.sectorsRead} sectors read back, all right`)
+}
+
 try {
   const [command = 'kill', ...others] = positionals
   const commands = new Map([
     ['kill', kill],
     ['reconnects', reconnects],
+    ['reloads', reloads],
   ])
   const run = commands.get(command)
   if (values.help) say(USAGE)

@@ -122,7 +122,13 @@ function membersOf(declaration: ExportedDeclarations): Member[] {
     ...declaration.getInstanceMembers(),
   ]
   return members
-    .filter((member) => !member.getText().replace(/^\/\*\*[\s\S]*?\*\/\s*/, '').match(/^(static |readonly |async |get )*#|^private /))
+    .filter(
+      (member) =>
+        !member
+          .getText()
+          .replace(/^\/\*\*[\s\S]*?\*\/\s*/, '')
+          .match(/^(static |readonly |async |get )*#|^private /)
+    )
     .map((member) => {
       const whole = member.getText(false).replace(/^\/\*\*[\s\S]*?\*\/\s*/, '')
       const body = Node.isBodyable(member) ? member.getBody()?.getText() : undefined

@@ -8,11 +8,12 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { safeParse } from 'valibot'
-import { observer } from '../../src/cli/commands/qemu-args.ts'
+import * as virtioVsock from '../../devices/vsock/packet.ts'
 import { commands } from '../../src/cli/commands.ts'
 import { optionDefault, optionUsage, optionValues } from '../../src/cli/help.ts'
 import { deviceNames, devices } from '../../src/daemon/devices.ts'
 import { ERROR_CODES } from '../../src/daemon/error-codes.ts'
+import { observer } from '../../src/daemon/observer.ts'
 import { asOptionTable, type OptionInfo, type OptionTable, optionsOf } from '../../src/daemon/option-table.ts'
 import { daemonOptions, listenerOptions } from '../../src/daemon/options.ts'
 import { RING_FEATURES } from '../../src/daemon/rings.ts'
@@ -29,6 +30,8 @@ import * as virtioBlk from '../../src/virtio/blk.ts'
 import * as virtio from '../../src/virtio/constants.ts'
 import { featureBits } from '../../src/virtio/features.ts'
 import * as virtioNet from '../../src/virtio/net.ts'
+import * as virtioScsi from '../../src/virtio/scsi.ts'
+import { apiPage, apiPath } from './api.ts'
 
 const docsPath = join(fileURLToPath(new URL('.', import.meta.url)), '../../docs')
 export const conformancePath = join(docsPath, 'conformance.md')
@@ -64,6 +67,8 @@ export async function tables(): Promise<Record<string, string>> {
       ...featureRows(featureBits(RING_FEATURES), virtio, /^(VIRTIO|VHOST|VHOST_USER)_F_/, 'every device'),
       ...featureRows(await blkFeatures(), virtioBlk, /^VIRTIO_BLK_F_/, 'blk'),
       ...featureRows(await netFeatures(), virtioNet, /^VIRTIO_NET_F_/, 'net'),
+      ...featureRows(await scsiFeatures(), virtioScsi, /^VIRTIO_SCSI_F_/, 'scsi'),
+      ...featureRows(await vsockFeatures(), virtioVsock, /^VIRTIO_VSOCK_F_/, 'vsock'),
     ]
   )
   sections['protocol-features'] = protocolTable('VHOST_USER_PROTOCOL_F_', 'Bit', PROTOCOL_FEATURE_ROWS)
@@ -114,15 +119,30 @@ function featureRows(bits: readonly number[], constants: object, prefix: RegExp,
 }
 
 /** All that a block device offers, whatever its options. */
-async function blkFeatures(): Promise<number[]> {
+function blkFeatures(): Promise<number[]> {
+  return withImage((file) =>
+    offered(
+      'blk',
+      [false, true].map((readOnly) => ({ 'blk-file': file, 'read-only': readOnly }))
+    )
+  )
+}
+
+function scsiFeatures(): Promise<number[]> {
+  return withImage((file) => offered('scsi', [{ lun: [file] }]))
+}
+
+function vsockFeatures(): Promise<number[]> {
+  return withImage((file) => offered('vsock', [{ 'guest-cid': 3, 'uds-path': `${file}.sock` }]))
+}
+
+/** @param use gets the path of a disk image in a directory of its own, which is gone afterwards */
+async function withImage<T>(use: (file: string) => Promise<T>): Promise<T> {
   const dir = mkdtempSync(join(tmpdir(), 'virtiod-docs-'))
   try {
     const file = join(dir, 'disk.img')
     writeFileSync(file, Buffer.alloc(1 << 20))
-    return await offered(
-      'blk',
-      [false, true].map((readOnly) => ({ 'blk-file': file, 'read-only': readOnly }))
-    )
+    return await use(file)
   } finally {
     rmSync(dir, { recursive: true, force: true })
   }
@@ -142,7 +162,7 @@ async function offered(type: string, optionSets: readonly object[]): Promise<num
     if (!parsed.success) throw new Error(`${type}: ${parsed.issues[0].message}`)
     const device = await definition.open(parsed.output, observer)
     features |= device.features
-    device.close()
+    await device.close()
   }
   return featureBits(features)
 }
@@ -192,6 +212,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     writeFileSync(readmePath, fill(readFileSync(readmePath, 'utf8'), sections))
     mkdirSync(docsPath, { recursive: true })
     writeFileSync(conformancePath, conformancePage())
+    writeFileSync(apiPath, apiPage())
   } else
     for (const [name, text] of Object.entries(sections))
       process.stdout.write(`<!-- ${name} -->\n\n${text}\n\n<!-- /${name} -->\n\n`)

@@ -33,6 +33,7 @@ import {
   SQE_LINK,
   SQE_SKIP_SUCCESS,
   TestRing,
+  until,
 } from './support.ts'
 
 // Made at first use and kept: the fds of a test are counted.
@@ -542,6 +543,29 @@ describe.each([
       }
       expect(enter()).toBe(-EBADF)
       expect(ring.native.registerFile(0, fd)).toBe(-EBADF)
+      native.close(event)
+    })
+
+    it('tells who polls its fd of each completion, if it is pollable', async () => {
+      const pollable = new TestRing(emulate, 8, 16, true)
+      let reports = 0
+      const watcher = native.createWatcher(() => {
+        reports++
+      })
+      const event = fdOf(native.eventfd(0), 'eventfd')
+      pollable.push(poll(event, 7, true))
+      expect(pollable.enter(1, 0)).toBe(1)
+      expect(watcher.add(pollable.native.fd, 1)).toBe(0)
+      for (let i = 1; i <= 5; i++) {
+        native.eventfdWrite(event, 1)
+        await until(`report ${i}`, () => reports === i)
+        pollable.enter(0, 0)
+        expect(pollable.reap()).toEqual([{ data: 7, result: POLLIN, flags: F_MORE }])
+        native.eventfdRead(event)
+        expect(watcher.arm(pollable.native.fd, 1)).toBe(0)
+      }
+      watcher.close()
+      pollable.close()
       native.close(event)
     })
 

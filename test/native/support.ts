@@ -112,8 +112,8 @@ export class TestRing {
   readonly #sqes: DataView
   readonly #control: Int32Array
 
-  constructor(emulate: boolean, entries = 8, cqEntries = 16) {
-    this.native = must(native.ringSetup(entries, cqEntries, emulate), 'ringSetup')
+  constructor(emulate: boolean, entries = 8, cqEntries = 16, pollable = false) {
+    this.native = must(native.ringSetup(entries, cqEntries, emulate, pollable), 'ringSetup')
     this.#words = new Int32Array(this.native.rings)
     this.#rings = new DataView(this.native.rings)
     this.#sqes = new DataView(this.native.sqes)

@@ -183,10 +183,24 @@ describe('Chain accessors', () => {
     expect(() => chain.writeU8(-1, 1)).toThrow(RangeError)
   })
 
+  test.each(cuts.map((cut) => [cut.join('+'), cut] as const))('write words of a writable part cut %s', (_, cut) => {
+    for (let at = 0; at <= 20; at++) {
+      build([16], cut)
+      const { bytes } = memory.regions[1]!
+      bytes.fill(0)
+      chain.writeU32(at, 0xf1e2_d3c4)
+      const expected = new Array<number>(26).fill(0)
+      expected.splice(at + 1, 4, 0xc4, 0xd3, 0xe2, 0xf1)
+      expect([...bytes.subarray(63, 89)]).toEqual(expected)
+    }
+    for (const at of [-4, -1, 21, 24]) expect(() => chain.writeU32(at, 1)).toThrow(RangeError)
+  })
+
   test('writes never reach the readable part', () => {
     build([16])
     const before = memory.regions[0]!.bytes.slice()
     expect(() => chain.writeU8(0, 0xee)).toThrow(RangeError)
+    expect(() => chain.writeU32(0, 0xee)).toThrow(RangeError)
     expect(chain.copyTo(0, new Uint8Array(16), 0, 16)).toBe(0)
     expect(memory.regions[0]!.bytes).toEqual(before)
   })
