@@ -9,6 +9,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { safeParse } from 'valibot'
 import * as virtioVsock from '../../devices/vsock/packet.ts'
+import { moduleOptions } from '../../src/cli/commands/module.ts'
 import { commands } from '../../src/cli/commands.ts'
 import { optionDefault, optionUsage, optionValues } from '../../src/cli/help.ts'
 import { deviceNames, devices } from '../../src/daemon/devices.ts'
@@ -60,6 +61,7 @@ export async function tables(): Promise<Record<string, string>> {
   }
   const definitions = await Promise.all(deviceNames.map((type) => devices[type]!.load()))
   for (const { name, options } of definitions) sections[`options:${name}`] = optionTable(asOptionTable(options, name))
+  sections['options:device'] = optionTable(moduleOptions)
   sections['metrics'] = metricTable(definitions)
   sections['features'] = table(
     ['Feature', 'Bit', 'Of'],

@@ -11,7 +11,7 @@ import type { ParsedArguments } from '../arguments.ts'
 import type { Command } from '../command.ts'
 import { checkOnly, checkOptions } from './check.ts'
 
-const moduleOptions = v.strictObject({
+export const moduleOptions = v.strictObject({
   option: v.exactOptional(
     v.pipe(
       v.array(v.string()),
