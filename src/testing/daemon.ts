@@ -6,7 +6,7 @@
  *   using front = connect(socketPath)
  */
 import { type ChildProcess, spawnSync } from 'node:child_process'
-import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs'
+import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -174,9 +174,12 @@ export class VirtiodProcess implements AsyncDisposable {
     // The kernel is asked: a connection would be a session, and the file may be one that a dead process left.
     const SO_ACCEPTCON = 0x10000
     const listening = new Set<string>()
+    const own = socketsOf(this.pid)
     for (const line of readFileSync('/proc/net/unix', 'utf8').split('\n')) {
-      const [, , , flags = '0', , , , ...path] = line.trim().split(/ +/)
-      if ((Number.parseInt(flags, 16) & SO_ACCEPTCON) !== 0) listening.add(path.join(' '))
+      const [, , , flags = '0', , , inode = '', ...path] = line.trim().split(/ +/)
+      if ((Number.parseInt(flags, 16) & SO_ACCEPTCON) === 0) continue
+      // Of a relative path: another process may have one of that name in its own directory.
+      if (own.has(inode)) listening.add(path.join(' '))
     }
     return this.#given.every((path, i) => listening.has(path) || listening.has(this.socketPaths[i] ?? ''))
   }
@@ -219,5 +222,28 @@ export class VirtiodProcess implements AsyncDisposable {
 
   get #logPath(): string {
     return join(this.#directory, 'log')
+  }
+}
+
+/** The inodes of a process's sockets; empty when it has just ended. */
+function socketsOf(pid: number): Set<string> {
+  const inodes = new Set<string>()
+  try {
+    for (const fd of readdirSync(`/proc/${pid}/fd`)) {
+      const [, inode] = /^socket:\[(\d+)\]$/.exec(linkOf(`/proc/${pid}/fd/${fd}`)) ?? []
+      if (inode !== undefined) inodes.add(inode)
+    }
+  } catch {
+    // It ended.
+  }
+  return inodes
+}
+
+function linkOf(path: string): string {
+  try {
+    return readlinkSync(path)
+  } catch {
+    // Closed since it was listed.
+    return ''
   }
 }

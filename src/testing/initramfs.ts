@@ -108,8 +108,12 @@ export function initramfs(options: InitramfsOptions = {}, guest: GuestFiles | un
   if (guest === undefined) throw new Error('there is no guest kernel: fetchGuestKernel() downloads one')
   const base = contents[options.kind ?? 'bare']
   const tools = [...new Set([...base.tools, ...(options.tools ?? [])])]
-  // Debian's busybox shell takes its own applet before a program in PATH; a function comes before both.
-  const prelude = tools.map((tool) => `${tool}() { /bin/${tool} "$@"; }\n`).join('')
+  // Debian's busybox shell takes its own applet before a program in PATH; a function comes before both. (It has no
+  // functions like mkfs.ext4: of such a name busybox's own comes first.)
+  const prelude = tools
+    .filter((tool) => /^\w+$/.test(tool))
+    .map((tool) => `${tool}() { /bin/${tool} "$@"; }\n`)
+    .join('')
   const moduleFiles = orderModules(guest, base.modules, options.modules ?? [])
   const programs = tools.map((tool) => {
     const path = findCommand(tool)
