@@ -25,7 +25,7 @@ export class AtWork {
 
   /** A handler is about to be called. @param chain -1 = it is not for one chain */
   begin(queue: number, chain: number): void {
-    // ORDER: seq_cst, so that it is in memory before the handler, which may never come back. Plus 1, so that 0 is nothing.
+    // ORDER: seq_cst, so that it is in memory before the handler, which may never come back. Plus 1: 0 is nothing.
     Atomics.store(this.#word, 0, ((queue << 16) | (chain & UNKNOWN)) + 1)
   }
 

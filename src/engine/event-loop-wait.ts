@@ -1,7 +1,7 @@
 /**
- * Waiting in the event loop: each round is a callback of libuv's, so that promises, timers and npm libraries on this thread
- * go on between rounds. While there is work the next round is an immediate; without it the thread polls in the same way
- * for a while, then watches the ring's fd, which tells of kicks, completions and messages alike.
+ * Waiting in the event loop: each round is a callback of libuv's, so that promises, timers and npm libraries on this
+ * thread go on between rounds. While there is work the next round is an immediate; without it the thread polls in the
+ * same way for a while, then watches the ring's fd, which tells of kicks, completions and messages alike.
  */
 import { type NativeWatcher, native, systemError } from '../native.ts'
 import type { Rounds } from './rounds.ts'

@@ -1,6 +1,6 @@
 /**
- * The chains of a ring that are in flight: to find out whether one of them still uses a range that the IOTLB is to forget,
- * and which one is the oldest. Kept only behind a vIOMMU, and for devices that may hang.
+ * The chains of a ring that are in flight: to find out whether one of them still uses a range that the IOTLB is to
+ * forget, and which one is the oldest. Kept only behind a vIOMMU, and for devices that may hang.
  */
 import type { Chain } from '../device/index.ts'
 

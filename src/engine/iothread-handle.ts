@@ -130,8 +130,8 @@ export class IothreadHandle {
   }
 
   /**
-   * Ends it when it has obeyed what it was asked before. @param limitMs for a thread of a device's own: it is terminated when it
-   * has not stopped by then
+   * Ends it when it has obeyed what it was asked before. @param limitMs for a thread of a device's own: it is
+   * terminated when it has not stopped by then
    */
   async close(limitMs?: number): Promise<void> {
     this.#asked = true
@@ -146,8 +146,8 @@ export class IothreadHandle {
   }
 
   /**
-   * Ends it now, whatever its JavaScript does; requests are rejected. It can't be done while the thread is in a system call of its
-   * device's own that does not return.
+   * Ends it now, whatever its JavaScript does; requests are rejected. It can't be done while the thread is in a system
+   * call of its device's own that does not return.
    */
   async terminate(): Promise<void> {
     this.#asked = true
@@ -213,8 +213,8 @@ export class IothreadHandle {
   }
 
   /**
-   * Only now: at its 'error' the thread still runs, and the kernel may still use memory that a session gives away when it hears of the
-   * end.
+   * Only now: at its 'error' the thread still runs, and the kernel may still use memory that a session gives away when
+   * it hears of the end.
    */
   #ended(code: number): void {
     // What it said last.

@@ -37,9 +37,9 @@ interface Waiter {
 /** Who lives on an iothread beside its queues: the control half of a device whose thread this is. */
 export interface IothreadGuest {
   /**
-   * A request of its own from the control thread ({@link IothreadHandle.call}). The answer is what it returns or what the promise
-   * resolves to, structured-cloneable; what it throws or rejects with becomes the failure. Queues are served while a
-   * promise is pending.
+   * A request of its own from the control thread ({@link IothreadHandle.call}). The answer is what it returns or what
+   * the promise resolves to, structured-cloneable; what it throws or rejects with becomes the failure. Queues are
+   * served while a promise is pending.
    */
   call(call: unknown): unknown
 }
@@ -126,14 +126,11 @@ export class Iothread implements CompletionSink, QueueOwner, Rounds {
     this.#port.close()
   }
 
-  /** Tells the control thread something of the guest's (`OwnThreadEvents.message`). @param message structured-cloneable */
+  /**
+   * Tells the control thread something of the guest's (`OwnThreadEvents.message`). @param message structured-cloneable
+   */
   say(message: unknown): void {
     this.#report({ kind: 'guest', message })
-  }
-
-  /** The queue half of a module that this thread has loaded already; `url` as in StartQueue.module. */
-  provide(url: string, createQueueHandler: CreateQueueHandler): void {
-    this.#modules.set(url, createQueueHandler)
   }
 
   stir(): void {

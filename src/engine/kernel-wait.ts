@@ -1,6 +1,6 @@
 /**
- * Waiting in the kernel: the thread polls adaptively, then sleeps in io_uring_enter until a kick, a completion or a message.
- * The fastest way; promises and timers on this thread don't go on meanwhile.
+ * Waiting in the kernel: the thread polls adaptively, then sleeps in io_uring_enter until a kick, a completion or a
+ * message. The fastest way; promises and timers on this thread don't go on meanwhile.
  */
 import { microseconds, type Rounds } from './rounds.ts'
 

@@ -75,8 +75,8 @@ export type Request =
   | { readonly kind: 'setCall'; readonly queue: number; readonly callFd: number }
   | { readonly kind: 'setKick'; readonly queue: number; readonly kickFd: number }
   /**
-   * Stops popping in all rings of the session and waits until nothing is in flight: its memory can be exchanged. Those of
-   * all sessions stop at one moment, so that none of them sends to one that has stopped.
+   * Stops popping in all rings of the session and waits until nothing is in flight: its memory can be exchanged. Those
+   * of all sessions stop at one moment, so that none of them sends to one that has stopped.
    */
   | { readonly kind: 'pause'; readonly session: number | 'all' }
   | { readonly kind: 'resume'; readonly session: number | 'all' }

@@ -17,8 +17,8 @@ export class Overdue {
   }
 
   /**
-   * A chain that is overdue, at two looks in a row: after a pause of the whole process (SIGSTOP, a suspended host) its handler gets
-   * its turn first. @param now microseconds
+   * A chain that is overdue, at two looks in a row: after a pause of the whole process (SIGSTOP, a suspended host) its
+   * handler gets its turn first. @param now microseconds
    */
   look(chains: InFlightChains, now: number): Chain | undefined {
     const chain = chains.oldest

@@ -99,8 +99,8 @@ export class IothreadPool extends EventEmitter<PoolEvents> {
   }
 
   /**
-   * Starts a thread of a device's own: `assign` never returns it, and its death ends nothing but what was on it. What its queues
-   * report comes as the pool's events like that of others. Whoever asked for it closes it.
+   * Starts a thread of a device's own: `assign` never returns it, and its death ends nothing but what was on it. What
+   * its queues report comes as the pool's events like that of others. Whoever asked for it closes it.
    */
   spawn({ entry, data, cpus, events }: OwnThread): IothreadHandle {
     let index = this.threads.length

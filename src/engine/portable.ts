@@ -1,6 +1,6 @@
 /**
- * Errors on their way between threads. A structured clone of an Error is its message and its stack; what tells who is at
- * fault, the class and the `code`, is lost. So they travel as plain data and become errors of the same class again.
+ * Errors on their way between threads. A structured clone of an Error is its message and its stack; what tells who is
+ * at fault, the class and the `code`, is lost. So they travel as plain data and become errors of the same class again.
  */
 import { inspect } from 'node:util'
 import { ChainError, ConfigError, DeviceError } from '../device/errors.ts'

@@ -89,8 +89,8 @@ export class Queue implements QueueContext {
   /** It stops, and chains that a former back-end took are still to be completed. */
   #finishing = false
   /**
-   * A back-end before this one may have published and not called: chains in flight are recorded, so it may have died in the
-   * middle of its work, or the ring ran on other threads before.
+   * A back-end before this one may have published and not called: chains in flight are recorded, so it may have died in
+   * the middle of its work, or the ring ran on other threads before.
    */
   readonly #resumed: boolean
   /**
@@ -528,7 +528,9 @@ export class Queue implements QueueContext {
     this.#active = this.enabled && !this.#paused && !this.stopping && !this.#broken
   }
 
-  /** The handler failed. What is in flight stays so: after an error of the guest's as in QEMU, until it resets the ring. */
+  /**
+   * The handler failed. What is in flight stays so: after an error of the guest's as in QEMU, until it resets the ring.
+   */
   #fail(error: unknown, chain?: Chain): void {
     const wasBroken = this.#broken
     this.#broken = true

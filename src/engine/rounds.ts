@@ -15,7 +15,9 @@ export interface Rounds {
   readonly controlPending: boolean
   /** The driver of some ring doesn't kick. */
   readonly kickless: boolean
-  /** Reaps, publishes, pops and handles once. What was prepared is to be submitted after it. Returns how much it did. */
+  /**
+   * Reaps, publishes, pops and handles once. What was prepared is to be submitted after it. Returns how much it did.
+   */
   round(): number
   /** Whether a round would find something, for polling. */
   hasWork(): boolean

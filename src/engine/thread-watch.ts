@@ -1,6 +1,6 @@
 /**
- * Looks after a thread of a device's own: it is pinged four times a second, which makes its queues look for overdue chains,
- * and the device is told of when no answer comes. The threads that virtiod's own devices share do without.
+ * Looks after a thread of a device's own: it is pinged four times a second, which makes its queues look for overdue
+ * chains, and the device is told of when no answer comes. The threads that virtiod's own devices share do without.
  */
 import type { Work } from './at-work.ts'
 import type { IothreadHandle } from './iothread-handle.ts'
@@ -15,7 +15,10 @@ export interface Blocked extends Work {
 export interface OwnThreadEvents {
   /** By {@link Iothread.say}. */
   message(message: unknown): void
-  /** It has ended without having been asked to; nothing of it is in memory any more. All requests have been rejected with the same. */
+  /**
+   * It has ended without having been asked to; nothing of it is in memory any more. All requests have been rejected
+   * with the same.
+   */
   death(error: unknown): void
   /** It runs, and has not answered for a second, or for ten more. */
   blocked(blocked: Blocked): void
@@ -25,8 +28,8 @@ export interface OwnThreadEvents {
 
 const PERIOD_MS = 250
 /**
- * In periods, not by the clock: when this thread or the whole process has been held up, the answer is read before the next
- * period ends.
+ * In periods, not by the clock: when this thread or the whole process has been held up, the answer is read before the
+ * next period ends.
  */
 const PATIENCE = 4
 const REPEAT = 40
