@@ -21,9 +21,7 @@ import * as sense from './sense.ts'
 import { ALL_UNITS, Settlements } from './settlements.ts'
 import {
   ERRORS,
-  type EventMessage,
   MAX_UNITS,
-  type Missed,
   OPERATIONS,
   type Report,
   type ScsiQueueData,
@@ -57,10 +55,9 @@ class ScsiDevice implements Device<ScsiQueueData> {
   readonly #slots: readonly UnitSlot[]
   readonly #settlements: Settlements
   #features = 0n
-  /** An event was lost while there was no event queue. */
-  #missed = false
   #missedTotal = 0
   #refreshing: Promise<void> = Promise.resolve()
+  #events: Promise<void> = Promise.resolve()
 
   constructor(options: ScsiOptions, host: DeviceHost, state: ScsiState, slots: readonly UnitSlot[]) {
     this.#options = options
@@ -110,18 +107,18 @@ class ScsiDevice implements Device<ScsiQueueData> {
 
   reset(): void {
     this.#features = 0n
-    this.#missed = false
+    this.#state.missed = false
     this.#state.resetSizes()
     for (const { state } of this.#slots) state.reset(sense.POWER_ON_OR_RESET)
   }
 
   saveState(): Uint8Array {
-    return saveState(this.#state, this.#missed)
+    return saveState(this.#state)
   }
 
   /** @throws Error when it is no state of a device with these units */
   loadState(bytes: Uint8Array): void {
-    this.#missed = loadState(this.#state, bytes)
+    loadState(this.#state, bytes)
   }
 
   ringActive(queue: number, active: boolean): void {
@@ -135,8 +132,7 @@ class ScsiDevice implements Device<ScsiQueueData> {
     const report = message as Report
     this.#settlements.reported(queue, report)
     if (report.kind === 'task') void this.#task(report)
-    else if (report.kind === 'missed') this.#missedTotal++
-    else if (report.kind === 'alive' && queue === virtio.VIRTIO_SCSI_EVENT_QUEUE && this.#missed) this.#tellMissed()
+    else if (report.kind === 'missed') this.#eventLost()
   }
 
   *samples(): Iterable<DeviceSample> {
@@ -217,19 +213,18 @@ class ScsiDevice implements Device<ScsiQueueData> {
       this.#event(virtio.VIRTIO_SCSI_T_PARAM_CHANGE, lun, (code >>> 8) | ((code & 0xff) << 8))
   }
 
+  /** Events come to the driver in their order; one for which there is no event queue is lost, and the driver told later. */
   #event(event: number, lun: number, reason: number): void {
-    if (this.#settlements.isActive(virtio.VIRTIO_SCSI_EVENT_QUEUE))
-      this.#host.send(virtio.VIRTIO_SCSI_EVENT_QUEUE, { kind: 'event', event, lun, reason } satisfies EventMessage)
-    else {
-      this.#missed = true
-      this.#missedTotal++
-    }
+    this.#events = this.#events.then(async () => {
+      if (await this.#settlements.deliver({ event, lun, reason })) return
+      this.#state.missed = true
+      this.#eventLost()
+    })
   }
 
-  #tellMissed(): void {
-    this.#missed = false
-    // After the ring has started: before, there is nobody to hear it.
-    setImmediate(() => this.#host.send(virtio.VIRTIO_SCSI_EVENT_QUEUE, { kind: 'missed' } satisfies Missed))
+  #eventLost(): void {
+    this.#missedTotal++
+    this.#host.log.debug({}, 'an event found no buffer, the driver will be told that it missed some')
   }
 
   // ---- task management (SAM-5 §7)

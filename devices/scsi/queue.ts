@@ -8,6 +8,6 @@ import type { ScsiQueueData } from './shared.ts'
 
 export function createQueueHandler(context: QueueContext, data: ScsiQueueData): QueueHandler | ReceiveHandler {
   if (context.queueIndex === VIRTIO_SCSI_CONTROL_QUEUE) return new ControlQueue(context, data)
-  if (context.queueIndex === VIRTIO_SCSI_EVENT_QUEUE) return new EventQueue(context)
+  if (context.queueIndex === VIRTIO_SCSI_EVENT_QUEUE) return new EventQueue(context, data)
   return new RequestQueue(context, data)
 }

@@ -62,7 +62,11 @@ export class RequestQueue implements QueueHandler, MediumUser {
     if (lun === NO_SUCH_TARGET)
       return this.respond(chain, virtio.VIRTIO_SCSI_S_BAD_TARGET, shared.OTHER, shared.NO_UNIT)
     const words = this.#words
-    for (let i = 0; i < CDB_LENGTH / 4; i++) words[i] = chain.readU32(virtio.VIRTIO_SCSI_REQ_CDB + 4 * i)
+    words[0] = chain.readU32(virtio.VIRTIO_SCSI_REQ_CDB)
+    words[1] = chain.readU32(virtio.VIRTIO_SCSI_REQ_CDB + 4)
+    words[2] = chain.readU32(virtio.VIRTIO_SCSI_REQ_CDB + 8)
+    // What follows a CDB of 6 or 10 bytes means nothing.
+    words[3] = this.cdb[0]! < 0x80 ? 0 : chain.readU32(virtio.VIRTIO_SCSI_REQ_CDB + 12)
     const unit = lun >= 0 && lun < this.units.length ? this.units[lun]! : undefined
     if (unit === undefined || (unit.generation !== unit.state.generation && !unit.attach(this.#context.io)))
       return this.#commands.withoutUnit(chain, lun === WELL_KNOWN)
@@ -132,8 +136,7 @@ export class RequestQueue implements QueueHandler, MediumUser {
   begin(chain: Chain, request: Request, unit: Unit): void {
     request.unit = unit
     request.cancel = 0
-    request.tagLow = chain.readU32(virtio.VIRTIO_SCSI_REQ_ID)
-    request.tagHigh = chain.readU32(virtio.VIRTIO_SCSI_REQ_ID + 4)
+    request.chain = chain
     this.medium.begin(chain, request)
   }
 
@@ -174,7 +177,7 @@ export class RequestQueue implements QueueHandler, MediumUser {
     for (const request of this.#requests) {
       if (request === undefined || !request.busy) continue
       if (lun >= 0 && request.unit!.lun !== lun) continue
-      if (tag !== undefined && (request.tagLow !== tag.low || request.tagHigh !== tag.high)) continue
+      if (tag !== undefined && !hasTag(request.chain!, tag)) continue
       tasks++
       if (cancel !== undefined && request.cancel === 0) request.cancel = cancel
     }
@@ -240,4 +243,11 @@ export class RequestQueue implements QueueHandler, MediumUser {
   overrun(chain: Chain, operation: number): void {
     this.respond(chain, virtio.VIRTIO_SCSI_S_OVERRUN, operation, shared.OVERRUN)
   }
+}
+
+/** Guests could change it under way, which would hurt none but them. */
+function hasTag(chain: Chain, tag: shared.TaskTag): boolean {
+  return (
+    chain.readU32(virtio.VIRTIO_SCSI_REQ_ID) === tag.low && chain.readU32(virtio.VIRTIO_SCSI_REQ_ID + 4) === tag.high
+  )
 }

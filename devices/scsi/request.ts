@@ -1,5 +1,5 @@
 /** A command in work on a request queue, and the unit that it is for. */
-import type { DeviceIo, IoFile } from '../../src/device/index.ts'
+import type { Chain, DeviceIo, IoFile } from '../../src/device/index.ts'
 import { OTHER, type UnitState } from './shared.ts'
 
 /** How a range of zeroes is made, from the cheapest: the next is tried when the file system can't. */
@@ -28,8 +28,8 @@ export class Request {
   /** It is with the kernel, or waits for a buffer. */
   busy = false
   unit: Unit | undefined
-  tagLow = 0
-  tagHigh = 0
+  /** What it came in, which has its tag. */
+  chain: Chain | undefined
   /** The response that it shall end with as soon as it can; 0 = none. */
   cancel = 0
   /** For the counters. */

@@ -3,17 +3,16 @@ import { ATTENTIONS, type ScsiState } from './shared.ts'
 
 const ALL_ATTENTIONS = 2 ** ATTENTIONS.length - 1
 
-/** @param missed as the device keeps it: an event was lost and nobody was told */
-export function saveState(state: ScsiState, missed: boolean): Uint8Array {
-  const { senseSize, cdbSize } = state
+export function saveState(state: ScsiState): Uint8Array {
+  const { senseSize, cdbSize, missed } = state
   const units = state.units.flatMap(({ generation, writeback, stopped, attentions }, lun) =>
     generation === 0 ? [] : [{ lun, writeback, stopped, attentions }]
   )
   return new TextEncoder().encode(JSON.stringify({ senseSize, cdbSize, missed, units }))
 }
 
-/** Returns `missed`. @throws Error when it is no state of this device, having changed nothing */
-export function loadState(state: ScsiState, bytes: Uint8Array): boolean {
+/** @throws Error when it is no state of this device, having changed nothing */
+export function loadState(state: ScsiState, bytes: Uint8Array): void {
   const saved = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes)) as Record<string, unknown> | null
   const { senseSize, cdbSize, missed, units } = saved ?? {}
   if (!isSenseSize(senseSize) || !isCdbSize(cdbSize) || typeof missed !== 'boolean' || !Array.isArray(units))
@@ -29,12 +28,12 @@ export function loadState(state: ScsiState, bytes: Uint8Array): boolean {
   })
   state.senseSize = senseSize
   state.cdbSize = cdbSize
+  state.missed = missed
   for (const { unit, writeback, stopped, attentions } of known) {
     unit.writeback = writeback
     unit.stopped = stopped
     unit.attentions = attentions & ALL_ATTENTIONS
   }
-  return missed
 }
 
 /** What a driver may write to `sense_size`: sense data has at most 252 bytes (SPC-4 §4.5.1). */

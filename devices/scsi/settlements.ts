@@ -1,11 +1,12 @@
 /**
- * What has to be asked of all request queues, on whatever iothreads they are: are there tasks like these, and have they
- * ended (task management, a unit that was pulled out). It belongs to the control half and knows no commands.
+ * What the control half has to be sure of that the queues know, on whatever iothreads they are: an event has come to its
+ * queue; there are tasks like these, and they have ended (task management, a unit that was pulled out). It knows no
+ * commands.
  *
  * Messages can be lost while a ring starts or stops, so a queue is asked again until it answers or is gone.
  */
-import { VIRTIO_SCSI_REQUEST_QUEUE } from '../../src/device/virtio-scsi.ts'
-import type { Report, Settle, Settled } from './shared.ts'
+import { VIRTIO_SCSI_EVENT_QUEUE, VIRTIO_SCSI_REQUEST_QUEUE } from '../../src/device/virtio-scsi.ts'
+import type { EventMessage, Received, Report, Settle, Settled } from './shared.ts'
 
 /** Milliseconds until a queue that does not answer is asked again, and between two questions whether tasks have ended. */
 const PATIENCE_MS = 50
@@ -22,13 +23,16 @@ export const ALL_UNITS = -1
 
 export type SettleOrder = Omit<Settle, 'kind' | 'id'>
 
+type Message = Settle | EventMessage
+type Answer = Settled | Received
+
 interface Question {
   readonly queue: number
-  answer(settled: Settled | undefined): void
+  answer(answer: Answer | undefined): void
 }
 
 export class Settlements {
-  readonly #send: (queue: number, message: Settle) => void
+  readonly #send: (queue: number, message: Message) => void
   /** Rings that are enabled, and handlers that have said that they are there. */
   readonly #active = new Set<number>()
   readonly #alive = new Set<number>()
@@ -36,17 +40,13 @@ export class Settlements {
   #nextId = 1
 
   /** @param send as DeviceHost.send */
-  constructor(send: (queue: number, message: Settle) => void) {
+  constructor(send: (queue: number, message: Message) => void) {
     this.#send = send
   }
 
   /** No ring is enabled. */
   get idle(): boolean {
     return this.#active.size === 0
-  }
-
-  isActive(queue: number): boolean {
-    return this.#active.has(queue)
   }
 
   ringActive(queue: number, active: boolean): void {
@@ -65,6 +65,7 @@ export class Settlements {
         for (const question of [...this.#questions.values()]) if (question.queue === queue) question.answer(undefined)
         return
       case 'settled':
+      case 'received':
         this.#questions.get(report.id)?.answer(report)
     }
   }
@@ -84,33 +85,46 @@ export class Settlements {
     let tasks = 0
     let taken = -1
     for (let passes = 0; ; ) {
-      const answer = await this.#ask(queue, order)
+      const answer = await this.#ask<Settled>(queue, (id) => ({ kind: 'settle', id, ...order }))
       if (answer === undefined) {
-        if (!this.#active.has(queue) && !this.#alive.has(queue)) return tasks
+        if (!this.#isThere(queue)) return tasks
         continue
       }
       tasks = Math.max(tasks, answer.tasks)
       if (counts && tasks > 0) return tasks
       if (answer.tasks > 0) await new Promise((resolve) => setTimeout(resolve, PAUSE_MS))
-      // The second answer comes after what the first one saw was published; and the driver may have made requests
-      // available before that the queue had not taken yet.
+      // What is over has been published: messages come between rounds. But requests that were made available before may
+      // not have been taken yet at the first answer; at the second one the queue has looked for them.
       else if (answer.taken === taken || ++passes > MOST_PASSES) return tasks
       taken = answer.taken
     }
   }
 
-  /** Undefined when there was no answer, or the queue is gone. */
-  #ask(queue: number, order: SettleOrder): Promise<Settled | undefined> {
+  /** Takes an event to its queue. Resolves to false when there is none. */
+  async deliver(event: Omit<EventMessage, 'kind' | 'id'>): Promise<boolean> {
     const id = this.#nextId++
+    while (this.#isThere(VIRTIO_SCSI_EVENT_QUEUE)) {
+      const answer = await this.#ask(VIRTIO_SCSI_EVENT_QUEUE, () => ({ kind: 'event', id, ...event }), id)
+      if (answer !== undefined) return true
+    }
+    return false
+  }
+
+  #isThere(queue: number): boolean {
+    return this.#active.has(queue) || this.#alive.has(queue)
+  }
+
+  /** Undefined when there was no answer, or the queue is gone. */
+  #ask<A extends Answer>(queue: number, message: (id: number) => Message, id = this.#nextId++): Promise<A | undefined> {
     return new Promise((resolve) => {
-      const answer = (settled: Settled | undefined): void => {
+      const answer = (given: Answer | undefined): void => {
         clearTimeout(timer)
         this.#questions.delete(id)
-        resolve(settled)
+        resolve(given as A | undefined)
       }
       const timer = setTimeout(answer, PATIENCE_MS, undefined)
       this.#questions.set(id, { queue, answer })
-      this.#send(queue, { kind: 'settle', id, ...order })
+      this.#send(queue, message(id))
     })
   }
 }

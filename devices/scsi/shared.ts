@@ -275,12 +275,13 @@ export class UnitState {
 export class ScsiState {
   readonly buffer: SharedArrayBuffer
   readonly units: readonly UnitState[]
-  readonly #sizes: Int32Array
+  /** Size of sense data, size of CDBs, events missed. */
+  readonly #words: Int32Array
 
   /** @param buffer of the other half */
   constructor(units: number, buffer?: SharedArrayBuffer) {
     this.buffer = buffer ?? new SharedArrayBuffer(HEADER_BYTES + units * UNIT_BYTES)
-    this.#sizes = new Int32Array(this.buffer, 0, 2)
+    this.#words = new Int32Array(this.buffer, 0, 3)
     this.units = Array.from({ length: units }, (_, lun) => new UnitState(this.buffer, lun))
     if (buffer === undefined) this.resetSizes()
   }
@@ -292,20 +293,34 @@ export class ScsiState {
 
   /** Bytes that a response has for sense data. */
   get senseSize(): number {
-    return this.#sizes[0]!
+    return this.#words[0]!
   }
 
   set senseSize(bytes: number) {
-    this.#sizes[0] = bytes
+    this.#words[0] = bytes
   }
 
   /** Bytes that a request has for its CDB. */
   get cdbSize(): number {
-    return this.#sizes[1]!
+    return this.#words[1]!
   }
 
   set cdbSize(bytes: number) {
-    this.#sizes[1] = bytes
+    this.#words[1] = bytes
+  }
+
+  /** Events were lost, and the driver has not been told. */
+  get missed(): boolean {
+    return this.#words[2] !== 0
+  }
+
+  set missed(lost: boolean) {
+    Atomics.store(this.#words, 2, lost ? 1 : 0)
+  }
+
+  /** ORDER: who takes it tells the driver; what is lost from then on sets it again. */
+  takeMissed(): boolean {
+    return Atomics.exchange(this.#words, 2, 0) !== 0
   }
 }
 
@@ -339,9 +354,11 @@ export interface TaskAnswer {
   readonly response: number
 }
 
-/** To the event queue. */
+/** To the event queue, which takes each once. */
 export interface EventMessage {
   readonly kind: 'event'
+  /** Ascending. */
+  readonly id: number
   readonly event: number
   readonly lun: number
   readonly reason: number
@@ -372,9 +389,15 @@ export interface TaskOrder {
   readonly tag: TaskTag
 }
 
-/** Of the event queue: an event was lost. To it: one was lost before it was there. */
+/** Of the event queue: it has an event. */
+export interface Received {
+  readonly kind: 'received'
+  readonly id: number
+}
+
+/** Of the event queue: an event found no buffer. */
 export interface Missed {
   readonly kind: 'missed'
 }
 
-export type Report = Presence | Settled | TaskOrder | Missed
+export type Report = Presence | Settled | TaskOrder | Received | Missed

@@ -112,6 +112,9 @@ export function writeWarning(socketPath: string, options: BenchOptions): string 
  * @throws RangeError for options that don't fit the disk
  */
 export function bench(socketPath: string, options: BenchOptions = {}): BenchResult {
+  const device = options.device ?? 'blk'
+  // Queues that carry no requests.
+  const first = device === 'scsi' ? VIRTIO_SCSI_REQUEST_QUEUE : 0
   const rw = options.rw ?? 'randread'
   const bs = options.bs ?? 4096
   const qd = options.qd ?? 32
@@ -129,15 +132,13 @@ export function bench(socketPath: string, options: BenchOptions = {}): BenchResu
     withoutFeatures: options.noEventIdx === true ? [VIRTIO_F_EVENT_IDX] : [],
     packed: options.packed === true,
     inOrder: options.inOrder === true,
-    inflight: options.inflight === true && { numQueues: queues, queueSize },
+    inflight: options.inflight === true && { numQueues: first + queues, queueSize },
     ...(options.timeoutMs !== undefined && { timeoutMs: options.timeoutMs }),
   })
-  const device = options.device ?? 'blk'
   const indirect = options.indirect === true && session.has(VIRTIO_F_INDIRECT_DESC)
   const histogram = new Histogram()
   const rings: Virtqueue[] = []
   const loads: Load[] = []
-  const first = device === 'scsi' ? VIRTIO_SCSI_REQUEST_QUEUE : 0
   checkQueues(session, queues, first)
   for (let i = 0; i < queues; i++) {
     const shared = rings[0] === undefined ? {} : { callFd: rings[0].callFd }

@@ -247,18 +247,19 @@ describe('SIGHUP', () => {
     const asked = () =>
       sent.flatMap(({ queue, message }) => (queue >= 2 ? [{ queue, ...(message as { id: number }) }] : []))
     await expect.poll(() => asked().filter(({ queue }) => queue === 2).length).toBeGreaterThanOrEqual(2)
-    const answer = (tasks: number) => {
-      const { id } = asked().findLast(({ queue }) => queue === 2)!
-      device.reported!(2, { kind: 'settled', id, tasks, taken: 7 })
-      return id
-    }
-    // Still in flight, over, and over once more: what was answered is published by then.
+    const latest = () => asked().findLast(({ queue }) => queue === 2)!.id
     let last = 0
-    for (const tasks of [1, 0, 0]) {
-      await expect.poll(() => asked().findLast(({ queue }) => queue === 2)!.id).not.toBe(last)
-      last = answer(tasks)
-      await new Promise((resolve) => setTimeout(resolve, 5))
+    const answer = async (tasks: number, taken: number) => {
+      await expect.poll(latest).not.toBe(last)
+      last = latest()
+      device.reported!(2, { kind: 'settled', id: last, tasks, taken })
     }
+    // In flight; over, but others were taken meanwhile; over, and nothing new.
+    await answer(1, 7)
+    await answer(0, 9)
+    await answer(0, 9)
+    await new Promise((resolve) => setTimeout(resolve, 120))
+    expect(asked().filter(({ queue, id }) => queue === 2 && id > last)).toEqual([])
     expect(openFiles()).toBe(before)
     // The other one stops without an answer.
     device.ringActive!(3, false)

@@ -185,6 +185,7 @@ describe('Chain accessors', () => {
 
   test.each(cuts.map((cut) => [cut.join('+'), cut] as const))('write words of a writable part cut %s', (_, cut) => {
     for (let at = 0; at <= 20; at++) {
+      chain.begin(memory)
       build([16], cut)
       const { bytes } = memory.regions[1]!
       bytes.fill(0)
