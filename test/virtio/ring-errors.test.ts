@@ -377,13 +377,14 @@ describe('a broken rule', () => {
     }
   })
 
-  test('every code is among them, but for those of memory, packed rings and in-flight buffers', () => {
+  test('every code is among them, but for those of memory, packed rings, in-flight buffers and handlers', () => {
     const reached = new Set<string>(offences.map(({ code }) => code))
     expect(Object.keys(RING_ERRORS).filter((code) => !reached.has(code))).toEqual([
       'ERR_RING_MEMORY',
       'ERR_RING_SCATTERED',
       'ERR_RING_BASE',
       'ERR_RING_INFLIGHT',
+      'ERR_RING_REQUEST',
     ])
   })
 
