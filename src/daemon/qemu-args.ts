@@ -12,7 +12,8 @@ export interface QemuAttachment {
 }
 
 /**
- * Option and value pairs, in order.
+ * Option and value pairs, in order. `reconnect` only for disks and network cards: QEMU connects such a chardev in the
+ * background, and its other devices don't wait for that: 7.2 does not start ("Failed to set msg fds").
  * @param memory the guest's memory as QEMU writes it, e.g. `1G`
  */
 export function qemuArguments(
@@ -26,7 +27,8 @@ export function qemuArguments(
   ]
   for (const { name, socketPath, device } of attachments) {
     const chardev = `virtiod-${name}`
-    lines.push(['-chardev', `socket,id=${chardev},path=${escapeComma(socketPath)},reconnect=1`])
+    const reconnect = device.netdev !== undefined || device.driver.startsWith('vhost-user-blk-') ? ',reconnect=1' : ''
+    lines.push(['-chardev', `socket,id=${chardev},path=${escapeComma(socketPath)}${reconnect}`])
     if (device.netdev === undefined) {
       lines.push(['-device', `${device.driver},chardev=${chardev}${list(device.properties)}`])
       continue

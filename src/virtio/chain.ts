@@ -45,7 +45,7 @@ export class Chain {
     this.length = new Uint32Array(INITIAL_SEGMENTS)
   }
 
-  /** Empties the chain for a new walk over `memory`. */
+  /** Empties the chain for a new walk over `memory`. @internal */
   begin(memory: GuestMemory): void {
     this.count = 0
     this.readableCount = 0
@@ -57,6 +57,7 @@ export class Chain {
   /**
    * Makes it a chain of one buffer. Returns false, having changed nothing, when that is not in one region of `memory`:
    * the usual case of `begin` and `append` in fewer steps.
+   * @internal
    */
   single(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
     const index = memory.find(gpa)
@@ -80,6 +81,7 @@ export class Chain {
    * Adds the buffer of one descriptor; one that straddles adjacent regions becomes a segment in each. Returns false
    * when part of it is outside `memory` or may not be used in that direction. The caller adds readable buffers before
    * writable ones.
+   * @internal
    */
   append(memory: GuestMemory, gpa: number, length: number, writable: boolean): boolean {
     const access = writable ? IOTLB_WRITE : IOTLB_READ
@@ -112,6 +114,7 @@ export class Chain {
   /**
    * Refers to the regions that it uses alone. For chains behind a vIOMMU, where the list of all regions has thousands
    * of entries and is another one after every change: each chain would keep one, also while it waits in the pool.
+   * @internal
    */
   detach(): void {
     this.#own ??= []

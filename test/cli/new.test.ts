@@ -120,6 +120,12 @@ describe('is refused', () => {
     expect(stderr).toContain('cannot be written (EEXIST)')
   })
 
+  test('a place where no directory can be made', async () => {
+    const { code, stderr } = await virtiod(['new', 'dice', '/proc/dice/below'])
+    expect(code).toBe(2)
+    expect(stderr).toContain('cannot be written (ENOENT)')
+  })
+
   test('no name', async () => {
     const { code, stderr } = await virtiod(['new'], { cwd: dir })
     expect(code).toBe(2)

@@ -33,6 +33,14 @@ test('a network card hangs on a netdev', () => {
   ])
 })
 
+test('reconnect=1 only where QEMU starts with it', () => {
+  const rng = { driver: 'vhost-user-rng-pci', properties: {} }
+  expect(qemuArguments([{ name: 'rng0', socketPath: '/run/r.sock', device: rng }], '1G').slice(3)).toEqual([
+    ['-chardev', 'socket,id=virtiod-rng0,path=/run/r.sock'],
+    ['-device', 'vhost-user-rng-pci,chardev=virtiod-rng0'],
+  ])
+})
+
 test('a shell reads the text as the same words', () => {
   const lines = qemuArguments([{ name: 'blk0', socketPath: "/tmp/it's a $dir/`x`.sock", device }], '1G')
   const words = execFileSync('sh', ['-c', `printf '%s\\n' \\\n${formatQemuArguments(lines)}`], { encoding: 'utf8' })

@@ -47,6 +47,8 @@ export function apiPage(): string {
       const list = constants.map(([name]) => `\`${name}\``).join(', ')
       parts.push(`Numbers and layouts with the names of the specification: ${list}.`)
     }
+    // How one begins comes first.
+    rest.sort(([a], [b]) => Number(b === 'defineDevice') - Number(a === 'defineDevice'))
     for (const [name, [declaration]] of rest) parts.push(describe(name, declaration!))
     return parts.filter((part) => part !== '').join('\n\n')
   })
@@ -110,10 +112,13 @@ function code(text: string): string {
 
 function membersOf(declaration: ExportedDeclarations): Member[] {
   if (Node.isInterfaceDeclaration(declaration)) {
-    return declaration.getMembers().map((member) => ({
-      signature: oneLine(member.getText(false).replace(/^\/\*\*[\s\S]*?\*\/\s*/, '')),
-      text: Node.isJSDocable(member) ? documentation(member) : '',
-    }))
+    return declaration
+      .getMembers()
+      .filter(isPublic)
+      .map((member) => ({
+        signature: oneLine(member.getText(false).replace(/^\/\*\*[\s\S]*?\*\/\s*/, '')),
+        text: Node.isJSDocable(member) ? documentation(member) : '',
+      }))
   }
   if (!Node.isClassDeclaration(declaration)) return []
   const members = [
@@ -122,6 +127,7 @@ function membersOf(declaration: ExportedDeclarations): Member[] {
     ...declaration.getInstanceMembers(),
   ]
   return members
+    .filter(isPublic)
     .filter(
       (member) =>
         !member
@@ -135,6 +141,13 @@ function membersOf(declaration: ExportedDeclarations): Member[] {
       const head = body === undefined ? whole.replace(/ = [\s\S]*$/, '') : whole.slice(0, whole.length - body.length)
       return { signature: oneLine(head), text: Node.isJSDocable(member) ? documentation(member) : '' }
     })
+}
+
+/** What is not marked `@internal`. */
+function isPublic(member: Node): boolean {
+  return (
+    !Node.isJSDocable(member) || !(member as JSDocableNode).getJsDocs().some((doc) => /@internal/.test(doc.getText()))
+  )
 }
 
 function oneLine(text: string): string {
@@ -151,10 +164,12 @@ function documentation(node: ExportedDeclarations | Node): string {
 
 function oneDoc(doc: JSDoc): string {
   const comment = doc.getInnerText().replace(/[ \t]+$/gm, '')
+  // Behind a block of code a tag is a paragraph of its own.
+  const before = comment.includes('```') ? '\n\n' : ' '
   return comment
-    .replace(/\s*@param (\S+)\s+/g, ' *$1*: ')
-    .replace(/\s*@returns?\s+/g, ' *Returns* ')
-    .replace(/\s*@throws\s+/g, ' *Throws* ')
+    .replace(/\s*@param (\S+)\s+/g, `${before}*$1*: `)
+    .replace(/\s*@returns?\s+/g, `${before}*Returns* `)
+    .replace(/\s*@throws\s+/g, `${before}*Throws* `)
     .trim()
 }
 

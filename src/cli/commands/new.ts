@@ -1,6 +1,6 @@
 /** `virtiod new NAME`: a starting point for a device, with tests. The files are in new-files.ts. */
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
-import { dirname, join, relative, resolve } from 'node:path'
+import { existsSync, mkdirSync, readdirSync, readFileSync, realpathSync, statSync, writeFileSync } from 'node:fs'
+import { basename, dirname, join, relative, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { shellQuote } from '../../daemon/qemu-args.ts'
 import { ConfigError } from '../../device/errors.ts'
@@ -26,10 +26,9 @@ export const newCommand: Command = {
     const [name = '', directory = name] = positionals
     checkName(name)
     const target = resolve(directory)
-    const checkout = checkoutRoot()
-    const files = newFiles({ name, virtiod: checkout === undefined ? `^${ownVersion()}` : fileUrl(target, checkout) })
+    const files = newFiles({ name, virtiod: dependency(target) })
     write(target, files)
-    process.stdout.write(nextSteps(name, target, Object.keys(files), checkout))
+    process.stdout.write(nextSteps(name, target, Object.keys(files)))
     return EXIT_OK
   },
 }
@@ -48,7 +47,7 @@ function write(target: string, files: Readonly<Record<string, string>>): void {
   const refuse = (problem: string, fix: string, cause?: unknown): ConfigError =>
     new ConfigError('ERR_NEW_DIRECTORY', target, problem, fix, cause === undefined ? {} : { cause })
   try {
-    mkdirSync(target, { recursive: true })
+    makeDirectory(target)
     if (readdirSync(target).length > 0) throw refuse('the directory is not empty', 'Give another name or directory.')
     // None of them is there; a file that somebody made this moment stays what it is.
     for (const [name, text] of Object.entries(files)) writeFileSync(join(target, name), text, { flag: 'wx' })
@@ -59,7 +58,15 @@ function write(target: string, files: Readonly<Record<string, string>>): void {
   }
 }
 
-function nextSteps(name: string, target: string, files: readonly string[], checkout: string | undefined): string {
+/** One by one: mkdir's `recursive` never returns where the file system refuses with ENOENT, as /proc does. */
+function makeDirectory(path: string): void {
+  if (statSync(path, { throwIfNoEntry: false })?.isDirectory() === true) return
+  makeDirectory(dirname(path))
+  mkdirSync(path)
+}
+
+function nextSteps(name: string, target: string, files: readonly string[]): string {
+  const checkout = import.meta.url.endsWith('.ts') ? packageRoot() : undefined
   const here = relative(process.cwd(), target)
   const lines = [
     `${here === '' ? 'Here' : `${here}/`} has ${files.join(', ')}.`,
@@ -78,21 +85,26 @@ function nextSteps(name: string, target: string, files: readonly string[], check
   return lines.join('\n')
 }
 
-/** The checkout that this is run from, undefined: an installed package. */
-function checkoutRoot(): string | undefined {
-  return import.meta.url.endsWith('.ts') ? packageRoot() : undefined
-}
-
 /** The package's file lies above src/cli/commands/ in a checkout and above dist/src/cli/commands/ in a package. */
 function packageRoot(): string {
   const here = dirname(fileURLToPath(import.meta.url))
   return resolve(here, import.meta.url.endsWith('.ts') ? '../../..' : '../../../..')
 }
 
-function ownVersion(): string {
-  return (JSON.parse(readFileSync(join(packageRoot(), 'package.json'), 'utf8')) as { version: string }).version
+/**
+ * What package.json says of virtiod: the version where it is one of the project's packages; otherwise (a checkout, an installation for the
+ * whole machine) this very virtiod, which may be in no registry.
+ */
+function dependency(target: string): string {
+  const root = packageRoot()
+  const above = dirname(dirname(root))
+  const own = basename(dirname(root)) === 'node_modules' && !relative(above, target).startsWith('..')
+  if (!own) return `file:${relative(realPath(target), root)}`
+  const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { version: string }
+  return `^${version}`
 }
 
-function fileUrl(target: string, checkout: string): string {
-  return `file:${relative(target, checkout)}`
+/** npm takes a relative path from where the directory really is. */
+function realPath(path: string): string {
+  return existsSync(path) ? realpathSync(path) : join(realPath(dirname(path)), basename(path))
 }

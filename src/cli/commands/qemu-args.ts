@@ -102,7 +102,8 @@ export async function attachment(config: DeviceConfig): Promise<QemuAttachment> 
   const qemu = await qemuOf(config)
   const socketPath = resolve(socket.path)
   if (qemu !== undefined) return { name, socketPath, device: withMac(qemu, socketPath) }
-  throw new ConfigError('ERR_ARGUMENT', name, 'this device does not say how QEMU attaches it', 'See its documentation.')
+  const fix = "Add to its module, for example: qemu: { driver: 'vhost-user-rng-pci', properties: {} }."
+  throw new ConfigError('ERR_ARGUMENT', name, 'the device does not say how QEMU attaches it', fix)
 }
 
 async function qemuOf(config: DeviceConfig): Promise<QemuDevice | undefined> {
