@@ -118,7 +118,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
     await Promise.all(daemon.#servers.map((server) => server.start()))
     await daemon.#pool.broadcastShared({ kind: 'resume', session: 'all' })
     // A module that blocks its thread holds up nobody else.
-    for (const { rings, device } of daemon.#servers) if (device instanceof ModuleDevice) rings.resume().catch(() => {})
+    for (const { rings, module } of daemon.#servers) if (module !== undefined) rings.resume().catch(() => {})
     for (const server of daemon.#servers) server.begin(() => daemon.#served())
     return daemon
   }
@@ -156,7 +156,7 @@ export class Daemon extends EventEmitter<DaemonEvents> {
 
   /** As `snapshot`, after devices on threads of their own were asked for their metrics; it takes a fifth of a second at most. */
   async collect(): Promise<DaemonSnapshot> {
-    await Promise.all(this.#servers.map(({ device }) => device instanceof ModuleDevice && device.collect()))
+    await Promise.all(this.#servers.map(({ module }) => module?.collect()))
     return this.snapshot()
   }
 

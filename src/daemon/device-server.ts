@@ -1,19 +1,19 @@
 /**
- * One device of the daemon: its socket, and the sessions of its front-ends, one after the other; and how both go on in
- * another process (handover.ts).
+ * One device of the daemon: its socket, and the sessions of its front-ends, one after the other; and how both go on on
+ * other threads, or in another process (handover.ts; the old process's end is in device-handover.ts).
  */
 import { setImmediate } from 'node:timers/promises'
 import type { EventEmitter } from 'eventemitter3'
-import { ConfigError, type Device, type DeviceDefinition, DeviceError } from '../device/index.ts'
-import { ABANDONED, BROKEN, CALLS, CALLS_SUPPRESSED, CHAINS, COMPLETED, KICKS } from '../engine/counters.ts'
+import { type Device, type DeviceDefinition, DeviceError } from '../device/index.ts'
 import type { DeviceSnapshot } from '../ops/snapshot.ts'
-import type { Connection } from '../vhost-user/connection.ts'
+import { Connection } from '../vhost-user/connection.ts'
 import { ProtocolError } from '../vhost-user/errors.ts'
 import { closeFds } from '../vhost-user/fd-channel.ts'
-import { connectedSocket, Listener } from '../vhost-user/listener.ts'
-import type { SavedSession } from '../vhost-user/saved-session.ts'
+import { Listener } from '../vhost-user/listener.ts'
 import { Session } from '../vhost-user/session.ts'
 import type { DeviceConfig, SocketAddress } from './config.ts'
+import { DeviceHandover } from './device-handover.ts'
+import { openSocket } from './device-socket.ts'
 import type { Handed } from './handover.ts'
 import type { HandedDevice } from './handover-messages.ts'
 import { LineLimit } from './line-limit.ts'
@@ -38,6 +38,8 @@ export class DeviceServer {
   readonly name: string
   readonly device: Device
   readonly rings: Rings
+  /** The device, when it is one of a module. */
+  readonly module: ModuleDevice | undefined
   readonly #definition: DeviceDefinition
   readonly #socket: SocketAddress
   readonly #log: Logger
@@ -61,13 +63,10 @@ export class DeviceServer {
   #closing = false
   /** All is another process's. */
   #abandoned = false
-  #suspending: Promise<void> | undefined
   /** From `suspend` to `resume`. */
-  #handing: PromiseWithResolvers<void> | undefined
+  #handover: DeviceHandover | undefined
   /** Never rejects. */
   #exchanging: Promise<void> | undefined
-  /** `Device.letGo` has been called. */
-  #letGo = false
   /** `restore` has been called, and `begin` not yet: all is still the old process's. */
   #restored = false
   #configBefore = Buffer.alloc(0)
@@ -83,6 +82,7 @@ export class DeviceServer {
   ) {
     this.name = config.name
     this.device = device
+    this.module = device instanceof ModuleDevice ? device : undefined
     this.#definition = config.definition
     this.#socket = config.socket
     this.#log = log
@@ -90,15 +90,23 @@ export class DeviceServer {
     this.#watched = config.module?.watch === true
     this.#shown = config.module?.address.shown ?? config.definition.name
     this.rings = new Rings(config.definition, device, threads)
-    if (device instanceof ModuleDevice) {
-      device.attach({
-        failed: (text, error) => this.#failed(text, { err: error }),
-        restarted: async () => {
-          await this.#sessionEnd
-          this.replaced(device)
-        },
-      })
-    }
+    const { module } = this
+    module?.attach({
+      failed: (text, error) => this.#failed(text, { err: error }),
+      restarted: async () => {
+        await this.#sessionEnd
+        this.replaced(module)
+      },
+    })
+  }
+
+  /** Undefined: its socket was a connection that was handed down. */
+  get listener(): Listener | undefined {
+    return this.#listener
+  }
+
+  get session(): Session | undefined {
+    return this.#session
   }
 
   /**
@@ -109,16 +117,14 @@ export class DeviceServer {
    */
   listen(onEnd: () => void, hold = false): void {
     this.#beginWatch()
-    if ('fd' in this.#socket) {
-      const connection = adopt(this.#socket.fd)
-      if (connection !== undefined) {
-        this.#running = this.#serveOnly(this.#serve(connection), onEnd)
-        return
-      }
-      this.#listener = Listener.adopt(this.#socket.fd)
-    } else this.#listener = bind(this.#socket.path)
-    if (hold) this.#listener.hold()
-    this.#running = this.#acceptAll(this.#listener)
+    const socket = openSocket(this.#socket)
+    if (socket instanceof Connection) {
+      this.#running = this.#serveOnly(this.#serve(socket), onEnd)
+      return
+    }
+    this.#listener = socket
+    if (hold) socket.hold()
+    this.#running = this.#acceptAll(socket)
     this.#log.info({ socket: this.#socket }, 'listening')
   }
 
@@ -131,8 +137,8 @@ export class DeviceServer {
    * @throws an Error when it takes longer: `swap` was not called, and all goes on as before; what `swap` throws
    */
   async exchange(swap: () => Promise<void>, limitMs: number): Promise<void> {
-    while (this.#handing !== undefined || this.#exchanging !== undefined)
-      await (this.#handing?.promise ?? this.#exchanging)
+    while (this.#handover !== undefined || this.#exchanging !== undefined)
+      await (this.#handover?.over ?? this.#exchanging)
     const exchanging = this.#exchange(swap, limitMs)
     this.#exchanging = exchanging.catch(() => {})
     try {
@@ -143,6 +149,8 @@ export class DeviceServer {
   }
 
   async #exchange(swap: () => Promise<void>, limitMs: number): Promise<void> {
+    // One that starts again: front-ends that wait for that are served first.
+    await this.module?.ready
     this.#listener?.hold()
     try {
       // A front-end that was accepted just now becomes the session.
@@ -165,33 +173,14 @@ export class DeviceServer {
 
   /** Stops serving in a state from which this process or another one goes on. New front-ends wait in the backlog. */
   suspend(): Promise<Handed> {
-    this.#handing = Promise.withResolvers()
-    const suspending = this.#suspend()
-    this.#suspending = suspending.then(
-      () => {},
-      () => {}
-    )
-    return suspending
+    this.#handover = new DeviceHandover(this, this.#log)
+    return this.#handover.suspend(this.#exchanging)
   }
 
   /** Goes on after `suspend`, after one that failed, or instead of one that hangs. */
   async resume(): Promise<void> {
-    await this.#takeBack()
-    const session = this.#session
-    try {
-      // It ends a `suspend` that waits for what is in flight. Rings that never stopped are still paused.
-      await session?.resume()
-      await this.rings.resume()
-    } catch (error) {
-      this.#log.error({ err: error }, 'the session cannot go on after a handover that failed, its connection is closed')
-      session?.connection.abort()
-    }
-    await this.#suspending
-    await this.#takeBack()
-    this.rings.staysActive = false
-    this.#listener?.resume()
-    this.#handing?.resolve()
-    this.#handing = undefined
+    await this.#handover?.resume()
+    this.#handover = undefined
   }
 
   /** Lets go of what another process has now, without a trace on socket, connection or device. */
@@ -200,46 +189,6 @@ export class DeviceServer {
     this.#watch?.[Symbol.dispose]()
     this.#session?.abandon()
     this.#listener?.abandon()
-  }
-
-  async #suspend(): Promise<Handed> {
-    await this.#exchanging
-    this.#listener?.hold()
-    this.rings.staysActive = true
-    const saved = await this.#suspendSession()
-    const state = await this.rings.saveState()
-    await this.device.letGo?.()
-    this.#letGo = true
-    const file = this.#listener?.file
-    const device: HandedDevice = {
-      kind: 'device',
-      name: this.name,
-      ...(this.#listener === undefined ? {} : { listener: file === undefined ? {} : { file } }),
-      ended: this.handedDownEnded,
-      ...(saved === undefined ? {} : { session: saved.state }),
-      state: Buffer.from(state).toString('base64'),
-      config: Buffer.from(this.device.config()).toString('base64'),
-    }
-    const listening = this.#listener === undefined ? [] : [this.#listener.fd]
-    return { device, fds: [...listening, ...(saved?.fds ?? [])] }
-  }
-
-  /** Undefined: there is none, or its front-end left just now. */
-  async #suspendSession(): Promise<SavedSession | undefined> {
-    const session = this.#session
-    try {
-      const saved = await session?.suspend()
-      return this.#session === session ? saved : undefined
-    } catch (error) {
-      if (this.#session === session) throw error
-      return undefined
-    }
-  }
-
-  async #takeBack(): Promise<void> {
-    if (!this.#letGo) return
-    this.#letGo = false
-    await this.device.takeBack?.()
   }
 
   // ---- handover, the new process
@@ -308,6 +257,8 @@ export class DeviceServer {
     try {
       if ((await this.device.refresh?.()) === true) this.configChanged()
     } catch (error) {
+      // That its thread died was told already.
+      if (this.module?.instance.ended === true) return
       this.#log.error({ err: error }, `the backing store was not looked at again: ${(error as Error).message}`)
     }
   }
@@ -347,9 +298,9 @@ export class DeviceServer {
   /** A handler failed. @param chain the head of what it was at work on, if that is known */
   deviceFailed(index: number, error: unknown, chain: number | undefined): void {
     const what = chain === undefined ? `queue ${index}` : `chain ${chain} of queue ${index}`
-    if (this.device instanceof ModuleDevice && (error as { code?: unknown }).code === 'ERR_DEVICE_STUCK') {
+    if (this.module !== undefined && (error as { code?: unknown }).code === 'ERR_DEVICE_STUCK') {
       // What never ends goes on in its thread, and may touch what the next driver is told.
-      return void this.device.instance.kill(error)
+      return void this.module.instance.kill(error)
     }
     const said = error instanceof Error && error.message.startsWith(what)
     this.#failed(failureText(error, said ? '' : what, this.#shown), { queue: index, chain, err: error })
@@ -360,6 +311,13 @@ export class DeviceServer {
     this.#told = session
     const consequence = session === undefined ? 'the device failed' : 'the device failed, its session ends'
     this.#say('error', details, `${consequence}: ${text}`)
+    this.#endSession()
+  }
+
+  /** One that waits for its fate in a handover ends when that has failed. */
+  async #endSession(): Promise<void> {
+    const session = this.#session
+    if (this.#handover?.lends === true) await this.#handover.over
     session?.connection.abort()
   }
 
@@ -367,7 +325,7 @@ export class DeviceServer {
   checkMemory(): void {
     if (this.#session?.memoryFaulted !== true) return
     this.#say('error', {}, 'the front-end truncated its memory, its session ends')
-    this.#session.connection.abort()
+    this.#endSession()
   }
 
   snapshot(): DeviceSnapshot {
@@ -382,27 +340,9 @@ export class DeviceServer {
       protocolErrorsTotal: this.#protocolErrors,
       metrics: this.#definition.metrics ?? [],
       samples: [...(this.device.samples?.() ?? [])],
-      ...(this.device instanceof ModuleDevice && { blockedSeconds: this.device.blockedSeconds }),
+      ...(this.module && { blockedSeconds: this.module.blockedSeconds }),
       ...(this.#watch && { reloads: this.#watch.counts }),
-      queues: this.rings.queues
-        .filter((queue) => queue.used)
-        .map(({ index, thread, counters, ring, enabled, broken }) => ({
-          index,
-          started: ring !== undefined && enabled,
-          broken,
-          iothread: thread.index,
-          kicks: counters.values[KICKS]!,
-          calls: counters.values[CALLS]!,
-          callsSuppressed: counters.values[CALLS_SUPPRESSED]!,
-          chains: counters.values[CHAINS]!,
-          inFlight:
-            ring === undefined
-              ? 0
-              : Math.max(0, counters.values[CHAINS]! - counters.values[COMPLETED]! - counters.values[ABANDONED]!),
-          brokenTotal: counters.values[BROKEN]!,
-          operations: counters.operations(this.#definition.operations),
-          errors: counters.errors(this.#definition.errors),
-        })),
+      queues: this.rings.queues.filter((queue) => queue.used).map((queue) => queue.snapshot(this.#definition)),
     }
   }
 
@@ -419,8 +359,7 @@ export class DeviceServer {
   }
 
   #beginWatch(): void {
-    if (this.#watched && this.device instanceof ModuleDevice)
-      this.#watch = new ModuleWatch(this.device, this, this.#log)
+    if (this.#watched && this.module !== undefined) this.#watch = new ModuleWatch(this.module, this, this.#log)
   }
 
   /** A line that a guest or a front-end caused. */
@@ -446,7 +385,7 @@ export class DeviceServer {
 
   async #serve(connection: Connection): Promise<void> {
     // A module that failed starts again.
-    if (this.device instanceof ModuleDevice) await this.device.ready
+    await this.module?.ready
     this.rings.begin()
     const session = new Session(connection, this.rings)
     this.#adoptSession(session)
@@ -484,7 +423,7 @@ export class DeviceServer {
         this.#protocolErrors++
         const message = `the front-end broke the protocol, its connection is closed: ${error.message}`
         this.#say('error', { ...about, code: error.code }, message)
-      } else if (this.#told !== session && !(this.#closing && this.device instanceof ModuleDevice)) {
+      } else if (this.#told !== session && !(this.#closing && this.module !== undefined)) {
         // That names file and line.
         const where = error instanceof DeviceError ? `: ${error.message}` : ''
         this.#say('error', { ...about, err: error }, `the session failed, its connection is closed${where}`)
@@ -496,29 +435,5 @@ export class DeviceServer {
         this.#events.emit('sessionClose', this.name, cause)
       }
     }
-  }
-}
-
-function adopt(fd: number): Connection | undefined {
-  try {
-    return connectedSocket(fd)
-  } catch (error) {
-    const fix = 'Give the number of an inherited unix stream socket, listening or connected.'
-    throw new ConfigError('ERR_SOCKET_FD', '--fd', (error as Error).message, fix, { cause: error })
-  }
-}
-
-function bind(path: string): Listener {
-  try {
-    return Listener.bind(path)
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException
-    const fix =
-      code === 'EADDRINUSE'
-        ? 'Another process listens there, or it is no socket: stop that process or give another path.'
-        : 'Give a path in a directory that exists and that you may write to.'
-    throw new ConfigError('ERR_SOCKET_BIND', '--socket-path', `cannot listen on ${path} (${code})`, fix, {
-      cause: error,
-    })
   }
 }

@@ -3,15 +3,14 @@
  * answered at once is a copy of what the device said last. When its module fails, blocks for too long or ends its
  * thread, that ends its session and nothing else, and the module starts again. It must not know sockets and rings.
  */
-import { fstatSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { DeviceError } from '../device/errors.ts'
 import type { Device, DeviceHost, DeviceSample, InheritedFiles, NetworkRequests, QemuDevice } from '../device/index.ts'
 import type { Blocked, IothreadHandle, IothreadPool } from '../engine/pool.ts'
-import { closeFds } from '../vhost-user/fd-channel.ts'
 import { VIRTQ_MAX_SIZE } from '../virtio/constants.ts'
 import type { KeptFiles } from './kept-files.ts'
 import { failureText } from './module-failure.ts'
+import { ModuleFiles } from './module-files.ts'
 import { type DeviceReport, ModuleInstance } from './module-instance.ts'
 import type { ModuleAddress } from './module-load.ts'
 import type { GivenOptions } from './module-options.ts'
@@ -57,6 +56,8 @@ const FIRST_PAUSE_MS = 100
 const LONGEST_PAUSE_MS = 10_000
 const LONG_LIFE_MS = 30_000
 
+type Call = Parameters<ModuleInstance['call']>[0]
+
 export class ModuleDevice implements Device, RingThreads {
   readonly own = true
   network?: NetworkRequests
@@ -64,9 +65,7 @@ export class ModuleDevice implements Device, RingThreads {
   readonly #options: ModuleDeviceOptions
   readonly #host: DeviceHost
   readonly #closing = new AbortController()
-  readonly #kept = new Set<string>()
-  /** Files of a predecessor that the device has. */
-  #inherited: { readonly fd: number; readonly file: string | undefined }[] = []
+  readonly #files: ModuleFiles
   #instance!: ModuleInstance
   #user: ModuleDeviceUser | undefined
   #ready: Promise<void> = Promise.resolve()
@@ -77,20 +76,20 @@ export class ModuleDevice implements Device, RingThreads {
   #assigned = 0
   #samples: readonly DeviceSample[] = []
   #sampling: Promise<void> | undefined
-  /** Seconds for which its threads have not answered, without the present time. */
-  #blockedSeconds = 0
-  #blockedNow = 0
+  /** For how long its threads have not answered so far. */
+  #blockedMs = 0
   #stopTimer: NodeJS.Timeout | undefined
 
   private constructor(host: DeviceHost, options: ModuleDeviceOptions) {
     this.#host = host
     this.#options = options
+    this.#files = new ModuleFiles(options.files, host.name)
   }
 
   /** @throws ConfigError or DeviceError naming file, line and what was expected */
   static async open(host: DeviceHost, options: ModuleDeviceOptions): Promise<ModuleDevice> {
     const device = new ModuleDevice(host, options)
-    device.adopt(await device.#begin(options.files.waiting(device.#prefix)))
+    device.adopt(await device.#begin(device.#files.waiting))
     const stop = (): void => device.#stopSoon()
     if (host.signal.aborted) stop()
     else host.signal.addEventListener('abort', stop, { once: true })
@@ -119,7 +118,7 @@ export class ModuleDevice implements Device, RingThreads {
 
   /** Seconds for which its threads did not answer. */
   get blockedSeconds(): number {
-    return this.#blockedSeconds + this.#blockedNow
+    return this.#blockedMs / 1000
   }
 
   // ---- another version of the module
@@ -136,28 +135,25 @@ export class ModuleDevice implements Device, RingThreads {
    * The module as it is now in its file, loaded and checked on threads of its own, but not opened.
    * @param imported as InstanceOptions has it @throws ConfigError
    */
-  async load(imported: (urls: readonly string[]) => void = () => {}): Promise<ModuleInstance> {
+  load(imported: (urls: readonly string[]) => void = () => {}): Promise<ModuleInstance> {
     const { source, pool, iothreads, iothreadCpus } = this.#options
     const { given, address } = source
     const cpus = iothreadCpus && [...new Set(iothreadCpus.flat())]
-    let loaded: ModuleInstance | undefined
-    const instance: ModuleInstance = await ModuleInstance.load({
+    return ModuleInstance.load({
       address,
       given,
       pool,
       threads: iothreads,
       cpus,
+      signal: this.#closing.signal,
       imported,
       events: {
-        // Both come when it was opened, at the earliest.
-        report: (report) => this.#hear(instance, report),
-        death: (error) => this.#died(instance, error),
-        blocked: (blocked) => this.#blocked(loaded, blocked),
-        unblocked: (ms) => this.#unblocked(ms),
+        report: (instance, report) => this.#hear(instance, report),
+        death: (instance, error) => this.#died(instance, error),
+        blocked: (instance, blocked) => this.#blocked(instance, blocked),
+        unblocked: (ms, newMs) => this.#unblocked(ms, newMs),
       },
     })
-    loaded = instance
-    return instance
   }
 
   /** Opens what `load` returned. @throws ConfigError or DeviceError: it is to be ended */
@@ -172,7 +168,7 @@ export class ModuleDevice implements Device, RingThreads {
     const { network, qemu } = instance
     if (network) {
       this.network = {
-        setMtu: async (mtu) => (await this.#instance.call({ kind: 'setMtu', mtu })) === true,
+        setMtu: async (mtu) => (await this.#ask({ kind: 'setMtu', mtu })) === true,
         announce: (mac) => this.#post({ kind: 'announce', mac: Uint8Array.from(mac) }),
       }
     }
@@ -196,6 +192,7 @@ export class ModuleDevice implements Device, RingThreads {
   async startOver(error: unknown): Promise<void> {
     const instance = this.#instance
     await instance.terminate()
+    if (this.#closing.signal.aborted) return
     if (this.#replacing === undefined) this.#died(instance, error)
     else this.#replacing.death = { instance, error }
   }
@@ -223,7 +220,7 @@ export class ModuleDevice implements Device, RingThreads {
   }
 
   async writeConfig(offset: number, bytes: Uint8Array): Promise<boolean> {
-    return (await this.#instance.call({ kind: 'writeConfig', offset, bytes: Uint8Array.from(bytes) })) === true
+    return (await this.#ask({ kind: 'writeConfig', offset, bytes: Uint8Array.from(bytes) })) === true
   }
 
   negotiated(features: bigint): void {
@@ -287,8 +284,8 @@ export class ModuleDevice implements Device, RingThreads {
 
   /** Ends its threads. All queues are stopped, or their threads are gone. */
   async close(): Promise<void> {
-    this.#closing.abort()
-    this.#forget()
+    this.#closing.abort(new Error('the daemon is stopping'))
+    this.#files.forgetKept()
     await this.#ready
     try {
       // One that died, or that took too long, has nothing to close.
@@ -306,11 +303,6 @@ export class ModuleDevice implements Device, RingThreads {
     return this.#options.source.address.shown
   }
 
-  /** Of keys of files that are kept for a handover: those of two modules may be the same. */
-  get #prefix(): string {
-    return `${this.#host.name}:`
-  }
-
   async #begin(inherited: readonly (readonly [string, InheritedFiles])[]): Promise<ModuleInstance> {
     const instance = await this.load()
     try {
@@ -322,8 +314,23 @@ export class ModuleDevice implements Device, RingThreads {
     }
   }
 
+  /** A method that the front-end waits for, as for a chain: nothing else of its connection is read meanwhile. */
+  async #ask(call: Call): Promise<unknown> {
+    const instance = this.#instance
+    const { timeoutMs } = instance
+    const answer = instance.call(call)
+    if (timeoutMs === 0) return await answer
+    const late = new DeviceError('ERR_DEVICE_STUCK', `${call.kind}() has not returned after ${timeoutMs / 1000} s`)
+    const timer = setTimeout(() => void instance.kill(late), timeoutMs)
+    try {
+      return await answer
+    } finally {
+      clearTimeout(timer)
+    }
+  }
+
   /** A method of which nobody waits for the end. */
-  #post(call: Parameters<ModuleInstance['call']>[0]): void {
+  #post(call: Call): void {
     const instance = this.#instance
     instance.call(call).catch((error: unknown) => {
       if (instance === this.#instance && !instance.ended) this.#user?.failed((error as Error).message, error)
@@ -331,7 +338,6 @@ export class ModuleDevice implements Device, RingThreads {
   }
 
   #hear(instance: ModuleInstance, report: DeviceReport): void {
-    const { files } = this.#options
     switch (report.kind) {
       case 'log':
         return this.#host.log[report.level](report.details, report.message)
@@ -342,30 +348,9 @@ export class ModuleDevice implements Device, RingThreads {
         instance.mirror = report
         if (instance === this.#instance) this.#host.configChanged()
         return
-      case 'keep':
-        this.#kept.add(report.key)
-        return this.#host.handover.keep(this.#prefix + report.key, report.fds, report.facts)
-      case 'forget':
-        this.#kept.delete(report.key)
-        return this.#host.handover.forget(this.#prefix + report.key)
-      case 'took':
-        for (const fd of files.take(this.#prefix + report.key)?.fds ?? [])
-          this.#inherited.push({ fd, file: fileOf(fd) })
+      default:
+        return this.#files.hear(report)
     }
-  }
-
-  /** The fds of a thread are closed when it ends: they can't be handed over any more. */
-  #forget(): void {
-    for (const key of this.#kept) this.#host.handover.forget(this.#prefix + key)
-    this.#kept.clear()
-  }
-
-  /** Node closes what a thread opened when it dies, but not what it took over: its lock would keep out the next one. */
-  #closeInherited(): void {
-    // The device may have closed it itself, and the number be another file's.
-    const left = this.#inherited.filter(({ fd, file }) => file !== undefined && fileOf(fd) === file)
-    closeFds(left.map(({ fd }) => fd))
-    this.#inherited = []
   }
 
   #died(instance: ModuleInstance, error: unknown): void {
@@ -374,9 +359,7 @@ export class ModuleDevice implements Device, RingThreads {
       this.#replacing.death = { instance, error }
       return
     }
-    this.#forget()
-    this.#blockedSeconds += this.#blockedNow
-    this.#blockedNow = 0
+    this.#files.forgetKept()
     this.#user?.failed(failureText(error, '', this.#shown), error)
     if (performance.now() - this.#bornAt > LONG_LIFE_MS) this.#pauseMs = FIRST_PAUSE_MS
     this.#ready = this.#restart(instance)
@@ -385,7 +368,7 @@ export class ModuleDevice implements Device, RingThreads {
   async #restart(dead: ModuleInstance): Promise<void> {
     const { signal } = this.#closing
     await dead.terminate()
-    this.#closeInherited()
+    this.#files.closeInherited()
     while (!signal.aborted) {
       const pauseMs = this.#pauseMs
       this.#pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS)
@@ -409,40 +392,28 @@ export class ModuleDevice implements Device, RingThreads {
     }
   }
 
-  /** @param instance undefined while it is loaded, which has a limit of its own */
-  #blocked(instance: ModuleInstance | undefined, { ms, queue, chain }: Blocked): void {
-    this.#blockedNow = ms / 1000
-    const timeoutMs = instance?.described.shape.timeoutMs ?? 0
+  #blocked(instance: ModuleInstance, { ms, newMs, notable, queue, chain }: Blocked): void {
+    this.#blockedMs += newMs
+    const { timeoutMs } = instance
     const work = chain >= 0 ? `chain ${chain} of queue ${queue}` : queue >= 0 ? `queue ${queue}` : ''
     const text = `${work === '' ? '' : `${work}: `}it has blocked its thread for ${Math.round(ms / 1000)} s`
-    this.#host.log.warn({ ms, queue, chain }, `${this.#shown}: ${text}`)
-    if (timeoutMs > 0 && ms >= timeoutMs) void instance?.kill(new DeviceError('ERR_DEVICE_STUCK', text))
+    if (notable) this.#host.log.warn({ ms, queue, chain }, `${this.#shown}: ${text}`)
+    if (timeoutMs > 0 && ms >= timeoutMs) void instance.kill(new DeviceError('ERR_DEVICE_STUCK', text))
   }
 
-  #unblocked(ms: number): void {
-    this.#blockedSeconds += ms / 1000
-    this.#blockedNow = 0
+  #unblocked(ms: number, newMs: number): void {
+    this.#blockedMs += newMs
     this.#host.log.warn({ ms }, `${this.#shown}: its thread goes on, after ${ms} ms`)
   }
 
   /** The daemon is closing: `close` comes when the session has ended, which a device that hangs would keep from ending. */
   #stopSoon(): void {
-    this.#closing.abort()
+    this.#closing.abort(new Error('the daemon is stopping'))
     this.#instance.abort()
     const timer = setTimeout(() => {
       this.#host.log.warn({}, `${this.#shown} has not ended after ${CLOSE_LIMIT_MS / 1000} s: its thread is terminated`)
       void this.#instance.terminate()
     }, CLOSE_LIMIT_MS)
     this.#stopTimer = timer
-  }
-}
-
-/** Which file an fd is of; undefined: it is not open. */
-function fileOf(fd: number): string | undefined {
-  try {
-    const { dev, ino } = fstatSync(fd)
-    return `${dev}:${ino}`
-  } catch {
-    return undefined
   }
 }

@@ -47,6 +47,7 @@ export function pathOf(fileOrUrl: string): string {
   return fileOrUrl.startsWith('file:') ? fileURLToPath(fileOrUrl.replace(/\?.*$/, '')) : fileOrUrl
 }
 
-function isOurs(file: string): boolean {
+/** A file of virtiod's own. */
+export function isOurs(file: string): boolean {
   return file.startsWith(`${root}src/`) || file.startsWith(`${root}devices/`)
 }

@@ -5,6 +5,7 @@
 import { DeviceError } from '../device/errors.ts'
 import type { Device, DeviceDefinition } from '../device/index.ts'
 import type { Iothread, IothreadGuest } from '../engine/iothread.ts'
+import { loadStateOf, saveStateOf } from './device-state.ts'
 import { configProblems, deviceProblems } from './module-check.ts'
 import type { ImportedFiles } from './module-hooks.ts'
 import { moduleHost } from './module-host.ts'
@@ -75,6 +76,7 @@ export class ModuleGuest implements IothreadGuest {
 
   async #open({ name, observer, inherited }: OpenCall, definition: DeviceDefinition): Promise<Opened> {
     this.#closing = new AbortController()
+    this.#device = undefined
     const host = moduleHost({
       name,
       observer,
@@ -127,11 +129,9 @@ function callDevice(device: Device, call: DeviceCall): unknown {
     case 'reported':
       return device.reported?.(call.index, call.message)
     case 'saveState':
-      return device.saveState?.() ?? new Uint8Array(0)
+      return saveStateOf(device)
     case 'loadState':
-      if (device.loadState !== undefined) return device.loadState(call.state)
-      if (call.state.length > 0) throw new Error(`${call.state.length} bytes of state for a device that has none`)
-      return undefined
+      return loadStateOf(device, call.state)
     case 'setMtu':
       return device.network?.setMtu(call.mtu) ?? false
     case 'announce':

@@ -5,6 +5,8 @@
  */
 import { readFileSync } from 'node:fs'
 import { type ResolveHookContext, registerHooks } from 'node:module'
+import { fileURLToPath } from 'node:url'
+import { isOurs, pathOf } from './module-failure.ts'
 
 /** What to import for the module itself. */
 export const MODULE_SPECIFIER = 'virtiod:module'
@@ -49,16 +51,21 @@ export function installModuleHooks(specifier: string, base: string): ImportedFil
   function resolve(asked: string, context: ResolveHookContext, next: NextResolve): { url: string } {
     if (asked === MODULE_SPECIFIER) return next(specifier, { ...context, parentURL: base })
     const file = own.get(asked)
-    if (file !== undefined) return next(file, context)
+    if (file !== undefined) return next(target(file, context), context)
     try {
       return next(asked, context)
     } catch (error) {
       const { code } = error as NodeJS.ErrnoException
       const missing = code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND'
       if (!missing || (asked !== 'valibot' && !asked.startsWith('valibot/'))) throw error
-      return next(asked, { ...context, parentURL: import.meta.url })
+      return next(target(import.meta.resolve(asked), context), context)
     }
   }
+}
+
+/** A file as `import` or `require` wants it: the latter knows no URLs. */
+function target(url: string, { conditions }: ResolveHookContext): string {
+  return conditions.includes('require') ? fileURLToPath(url) : url
 }
 
 /** What package.json exports, as the files of this process: `virtiod/device` → `file:///…/src/device/index.ts`. */
@@ -77,6 +84,5 @@ function ownExports(): Map<string, string> {
 }
 
 function isLocal(url: string): boolean {
-  const ours = ['src/', 'devices/'].some((folder) => url.startsWith(root + folder))
-  return url.startsWith('file:') && !url.includes('/node_modules/') && !ours
+  return url.startsWith('file:') && !url.includes('/node_modules/') && !isOurs(pathOf(url))
 }

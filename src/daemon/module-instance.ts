@@ -31,16 +31,18 @@ export interface InstanceOptions {
   readonly threads: number
   readonly cpus: readonly number[] | undefined
   readonly events: InstanceEvents
+  /** Ends it while it is loaded or opened: nobody needs it any more. */
+  readonly signal: AbortSignal
   /** Told of the files that it consists of when they were imported, or could not be. */
   imported?(urls: readonly string[]): void
 }
 
 export interface InstanceEvents {
-  report(report: DeviceReport): void
-  /** A thread of it died; the others have been ended. */
-  death(error: unknown): void
-  blocked(blocked: Blocked): void
-  unblocked(ms: number): void
+  report(instance: ModuleInstance, report: DeviceReport): void
+  /** A thread of it died; the others are being ended. It was open. */
+  death(instance: ModuleInstance, error: unknown): void
+  blocked(instance: ModuleInstance, blocked: Blocked): void
+  unblocked(ms: number, newMs: number): void
 }
 
 /** What a device says itself. */
@@ -72,7 +74,7 @@ export class ModuleInstance {
   static async load(options: InstanceOptions): Promise<ModuleInstance> {
     const instance = new ModuleInstance(options)
     try {
-      await instance.#load()
+      await instance.#unlessAborted(() => instance.#load())
       return instance
     } catch (error) {
       await instance.terminate()
@@ -87,12 +89,14 @@ export class ModuleInstance {
     inherited: readonly (readonly [string, InheritedFiles])[]
   ): Promise<void> {
     try {
-      this.#opened = (await this.#first.call({
-        kind: 'open',
-        name,
-        observer,
-        inherited,
-      } satisfies ModuleCall)) as Opened
+      const call: ModuleCall = { kind: 'open', name, observer, inherited }
+      const opening = this.#unlessAborted(() => this.#first.call(call))
+      // Nobody is served meanwhile, so a device that waits for ever must not keep silent about it.
+      this.#opened = (await within(
+        opening,
+        LOAD_LIMIT_MS,
+        `open() has not returned after ${LOAD_LIMIT_MS / 1000} s`
+      )) as Opened
       this.#mirror = this.#opened
     } catch (error) {
       if (error instanceof ConfigError) throw error
@@ -102,6 +106,11 @@ export class ModuleInstance {
 
   get described(): Described {
     return this.#described!
+  }
+
+  /** How long a chain may be in work, in milliseconds; 0 = for ever, and before it is open, which has a limit of its own. */
+  get timeoutMs(): number {
+    return this.#opened === undefined ? 0 : this.described.shape.timeoutMs
   }
 
   /** URLs of the files of its own that it consists of. */
@@ -188,6 +197,20 @@ export class ModuleInstance {
     await this.terminate()
   }
 
+  /** @throws the reason of `signal` when that is aborted before `work` is through: its threads have ended, or are about to */
+  async #unlessAborted<T>(work: () => Promise<T>): Promise<T> {
+    const { signal } = this.#options
+    const stop = (): void => void this.terminate()
+    signal.throwIfAborted()
+    signal.addEventListener('abort', stop, { once: true })
+    try {
+      return await work()
+    } finally {
+      signal.removeEventListener('abort', stop)
+      signal.throwIfAborted()
+    }
+  }
+
   async #load(): Promise<void> {
     const { given, threads } = this.#options
     const call: ModuleCall = { kind: 'describe', given }
@@ -221,8 +244,8 @@ export class ModuleInstance {
       events: {
         message: (message) => this.#hear(message as ModuleReport),
         death: (error) => this.#died(error),
-        blocked: (blocked) => events.blocked(blocked),
-        unblocked: (ms) => events.unblocked(ms),
+        blocked: (blocked) => events.blocked(this, blocked),
+        unblocked: (ms, newMs) => events.unblocked(ms, newMs),
       },
     })
     this.threads.push(thread)
@@ -230,7 +253,7 @@ export class ModuleInstance {
   }
 
   #hear(report: ModuleReport): void {
-    if (report.kind !== 'imported') return this.#options.events.report(report)
+    if (report.kind !== 'imported') return this.#options.events.report(this, report)
     this.#files = report.files
     this.#options.imported?.(report.files)
   }
@@ -240,7 +263,7 @@ export class ModuleInstance {
     this.#death = { error }
     void this.terminate()
     // Before that, who opens it hears of it.
-    if (this.#opened !== undefined) this.#options.events.death(error)
+    if (this.#opened !== undefined) this.#options.events.death(this, error)
   }
 
   get #first(): IothreadHandle {

@@ -5,8 +5,9 @@
 import { existsSync } from 'node:fs'
 import { ConfigError } from '../device/errors.ts'
 import { API_VERSION, type DeviceDefinition } from '../device/index.ts'
+import { moduleUrl } from '../engine/module-url.ts'
 import { definitionProblems } from './module-check.ts'
-import { pathOf } from './module-failure.ts'
+import { pathOf, shownPath } from './module-failure.ts'
 import { type ImportedFiles, installModuleHooks, MODULE_SPECIFIER } from './module-hooks.ts'
 import { loadError } from './module-load-error.ts'
 
@@ -37,13 +38,25 @@ export async function loadModule(
     const fix = 'Give the path of a device module, or the name of an installed package.'
     throw new ConfigError('ERR_DEVICE_MODULE', shown, 'there is no such file', fix)
   }
-  let exports: Record<string, unknown>
   try {
-    exports = (await import(MODULE_SPECIFIER)) as Record<string, unknown>
+    const definition = checkedDefinition((await import(MODULE_SPECIFIER)) as Record<string, unknown>, shown)
+    if (definition.queueModule !== undefined) await checkQueueModule(definition.queueModule)
+    return { definition, url: files.module!, files }
   } catch (error) {
     throw loadError(error, address, files)
   }
-  return { definition: checkedDefinition(exports, shown), url: files.module!, files }
+}
+
+/** Before a ring needs it: whatever is wrong with it is told at once, and no driver waits for its import. @throws ConfigError */
+async function checkQueueModule(asked: URL): Promise<void> {
+  const { href } = moduleUrl(asked)
+  const wrong = (problem: string): ConfigError => {
+    const fix = 'Correct queueModule, or write createQueueHandler beside it and leave it away.'
+    return new ConfigError('ERR_DEVICE_DEFINITION', shownPath(pathOf(asked.href)), problem, fix)
+  }
+  if (href.startsWith('file:') && !existsSync(pathOf(href))) throw wrong('there is no such queueModule')
+  const { createQueueHandler } = (await import(href)) as { createQueueHandler?: unknown }
+  if (typeof createQueueHandler !== 'function') throw wrong('it does not export the function createQueueHandler')
 }
 
 function checkedDefinition(exports: Record<string, unknown>, shown: string): DeviceDefinition {

@@ -2,11 +2,9 @@
  * What must stay as it is when a device gets another version of its module, or its module again after a failure: a driver, metrics
  * and sockets are attached to it.
  */
+import { DEFAULT_TIMEOUT_MS } from '../device/define.ts'
 import type { DeviceDefinition, DeviceMetric } from '../device/index.ts'
 import type { OptionInfo } from './option-table.ts'
-
-/** The default of `DeviceDefinition.timeoutMs`. */
-export const TIMEOUT_MS = 30_000
 
 /** A definition, without its functions. */
 export interface ModuleShape {
@@ -40,7 +38,7 @@ export function shapeOf(definition: DeviceDefinition, url: string, options: read
     errors: [...errors],
     metrics: (metrics ?? []).map((metric) => ({ ...metric, labels: [...metric.labels] })),
     eventLoop: eventLoop === true,
-    timeoutMs: timeoutMs ?? TIMEOUT_MS,
+    timeoutMs: timeoutMs ?? DEFAULT_TIMEOUT_MS,
     queueModule: queueModule?.href ?? url,
     options,
   }

@@ -2,11 +2,23 @@
  * The rings of one device's session on the iothreads: which iothread serves which queue, under which id. It is the
  * session's {@link RingHost}: the place where the protocol meets the engine.
  */
+import { DEFAULT_TIMEOUT_MS } from '../device/define.ts'
 import type { Device, DeviceDefinition, NetworkRequests } from '../device/index.ts'
-import { QueueCounters } from '../engine/counters.ts'
+import {
+  ABANDONED,
+  BROKEN,
+  CALLS,
+  CALLS_SUPPRESSED,
+  CHAINS,
+  COMPLETED,
+  KICKS,
+  QueueCounters,
+} from '../engine/counters.ts'
 import type { Request } from '../engine/messages.ts'
 import { type IothreadHandle, moduleUrl } from '../engine/pool.ts'
+import type { QueueSnapshot } from '../ops/snapshot.ts'
 import type { RingHost, RingStart, SharedArea } from '../vhost-user/ring-host.ts'
+import { whenSettled } from '../vhost-user/when-settled.ts'
 import {
   VHOST_F_LOG_ALL,
   VHOST_USER_F_PROTOCOL_FEATURES,
@@ -22,7 +34,7 @@ import {
 import { featureSet } from '../virtio/features.ts'
 import type { RegionDescription } from '../virtio/memory.ts'
 import { changedSpan } from './config-space.ts'
-import { TIMEOUT_MS } from './module-shape.ts'
+import { loadStateOf, saveStateOf } from './device-state.ts'
 
 /**
  * What the rings and the transport offer, whatever the device. Not there: RING_RESET, which front-ends serve by
@@ -58,6 +70,27 @@ export class QueueSlot {
     this.index = index
     this.thread = thread
   }
+
+  snapshot({ operations, errors }: Pick<DeviceDefinition, 'operations' | 'errors'>): QueueSnapshot {
+    const { counters } = this
+    const { values } = counters
+    const started = this.ring !== undefined
+    const inFlight = values[CHAINS]! - values[COMPLETED]! - values[ABANDONED]!
+    return {
+      index: this.index,
+      started: started && this.enabled,
+      broken: this.broken,
+      iothread: this.thread.index,
+      kicks: values[KICKS]!,
+      calls: values[CALLS]!,
+      callsSuppressed: values[CALLS_SUPPRESSED]!,
+      chains: values[CHAINS]!,
+      inFlight: started ? Math.max(0, inFlight) : 0,
+      brokenTotal: values[BROKEN]!,
+      operations: counters.operations(operations),
+      errors: counters.errors(errors),
+    }
+  }
 }
 
 /** Which iothread a queue of a device is served by: an `IothreadPool`, or a device's own threads. */
@@ -90,7 +123,7 @@ export class Rings implements RingHost {
     this.#device = device
     this.#module = moduleUrl(definition.queueModule!).href
     this.#own = threads.own === true
-    this.#timeoutMs = this.#own ? (definition.timeoutMs ?? TIMEOUT_MS) : 0
+    this.#timeoutMs = this.#own ? (definition.timeoutMs ?? DEFAULT_TIMEOUT_MS) : 0
     this.features = device.features | RING_FEATURES
     this.numQueues = device.numQueues
     this.maxQueueSize = device.maxQueueSize ?? VIRTQ_MAX_SIZE
@@ -120,7 +153,7 @@ export class Rings implements RingHost {
     // A thread may serve it again before it is through with that.
     this.session = nextSession++
     this.#device = device
-    this.#module = shape.queueModule
+    this.#module = moduleUrl(new URL(shape.queueModule)).href
     this.#timeoutMs = shape.timeoutMs
     for (const queue of this.queues) queue.thread = threads[queue.index % threads.length]!
     this.#threads = [...new Set(this.queues.map((queue) => queue.thread))]
@@ -278,12 +311,11 @@ export class Rings implements RingHost {
   }
 
   async saveState(): Promise<Uint8Array> {
-    return (await this.#device.saveState?.()) ?? new Uint8Array(0)
+    return saveStateOf(this.#device)
   }
 
   async loadState(state: Uint8Array): Promise<void> {
-    if (this.#device.loadState !== undefined) await this.#device.loadState(state)
-    else if (state.length > 0) throw new Error(`${state.length} bytes of state for a device that has none`)
+    await loadStateOf(this.#device, state)
   }
 
   /** A message of the control half for the handler of a queue; lost when its ring is not started. */
@@ -295,6 +327,6 @@ export class Rings implements RingHost {
   }
 
   async #all(request: Request): Promise<void> {
-    await Promise.all(this.#threads.map((thread) => thread.request(request)))
+    await whenSettled(this.#threads.map((thread) => thread.request(request)))
   }
 }

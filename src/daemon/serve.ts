@@ -1,10 +1,13 @@
 /** Serving one device module from another program: what `virtiod device` does, as a function. */
 import { fileURLToPath } from 'node:url'
-import { type DaemonConfig, type LogLevel, moduleHelp } from './config.ts'
+import * as v from 'valibot'
+import { ConfigError } from '../device/errors.ts'
+import { type DaemonConfig, deviceKeys, type LogLevel, moduleHelp, moduleKeys } from './config.ts'
 import { Daemon } from './daemon.ts'
 import { createLogger } from './log.ts'
 import { configuredModule } from './module-config.ts'
-import { checkSocketPath, DEFAULT_POLL_MAX_US } from './options.ts'
+import { checkNames, checkValues } from './option-table.ts'
+import { checkSocketPath, DEFAULT_POLL_MAX_US, daemonOptions } from './options.ts'
 
 export interface ServeOptions {
   /** The device module: a path (relative to the working directory), a file URL, or the name of an npm package. */
@@ -21,6 +24,16 @@ export interface ServeOptions {
   readonly name?: string
 }
 
+/** As {@link ServeOptions} says it, for what no compiler has looked at. */
+const keys = v.strictObject({
+  module: moduleKeys.entries.module,
+  socketPath: v.pipe(v.string(), v.minLength(1)),
+  options: moduleKeys.entries.options,
+  watch: moduleKeys.entries.watch,
+  logLevel: daemonOptions.entries['log-level'],
+  name: deviceKeys.entries.name,
+})
+
 /** A device that is being served. */
 export interface ServedDevice extends AsyncDisposable {
   readonly name: string
@@ -31,22 +44,23 @@ export interface ServedDevice extends AsyncDisposable {
 }
 
 /**
- * Serves a device module on a socket, on threads of its own in this process. Signals are the caller's affair.
- * @throws ConfigError naming what is wrong with the module, an option or the socket, and DeviceError when the module's own `create`
- * fails
+ * Serves a device module on a socket, on threads of its own in this process; any number of times. Signals are the
+ * caller's affair.
+ * @throws ConfigError naming what is wrong with a key, the module, one of its options or the socket, and DeviceError
+ * when the module's own `create` fails
  */
 export async function serve(options: ServeOptions): Promise<ServedDevice> {
-  const { module, socketPath, watch = false, logLevel = 'info' } = options
-  const asked = module instanceof URL ? fileURLToPath(module) : module
-  const path = checkSocketPath(socketPath, 'socketPath')
-  const values = options.options ?? {}
+  const checked = checkOptions(options)
+  const { module, watch, logLevel } = checked
+  const path = checkSocketPath(checked.socketPath, 'socketPath')
+  const values = checked.options ?? {}
   const configured = await configuredModule({
-    module: asked,
+    module,
     directory: process.cwd(),
-    given: { values, text: false, label: 'options.', where: moduleHelp(asked) },
+    given: { values, text: false, label: 'options.', where: moduleHelp(module) },
     watch,
   })
-  const name = options.name ?? `${configured.definition.name}0`
+  const name = checked.name ?? `${configured.definition.name}0`
   const config: DaemonConfig = {
     logLevel,
     iothreads: 1,
@@ -60,4 +74,23 @@ export async function serve(options: ServeOptions): Promise<ServedDevice> {
   daemon.ended().then(over.resolve, over.reject)
   const close = (): Promise<void> => daemon.close().then(over.resolve)
   return { name, ended: over.promise, close, [Symbol.asyncDispose]: close }
+}
+
+function checkOptions(options: ServeOptions): v.InferOutput<typeof keys> {
+  if (typeof options !== 'object' || options === null) {
+    const fix = 'Give an object with module and socketPath.'
+    throw new ConfigError('ERR_OPTION_REQUIRED', 'serve()', 'no options', fix)
+  }
+  const label = (key: string): string => key
+  const known = Object.keys(keys.entries)
+  checkNames(Object.keys(options), known, label, 'key', `The keys are ${known.join(', ')}`)
+  const { module } = options
+  const values = { ...options, module: module instanceof URL ? fileOf(module) : module }
+  return checkValues(keys, values, label) as v.InferOutput<typeof keys>
+}
+
+function fileOf(url: URL): string {
+  if (url.protocol === 'file:') return fileURLToPath(url)
+  const fix = 'Give a path, a file URL, or the name of a package.'
+  throw new ConfigError('ERR_OPTION_VALUE', 'module', `${url.href} is no file`, fix)
 }

@@ -5,7 +5,14 @@
 import { checkHandlers, type DeviceShape } from './async-description.ts'
 import { AsyncMetrics } from './async-metrics.ts'
 import { AsyncQueue } from './async-queue.ts'
-import { BufferRing, DiscardingRing, Latecomers, RequestRing, type RingEnvironment } from './async-rings.ts'
+import {
+  BufferRing,
+  DiscardingRing,
+  Latecomers,
+  LateFailures,
+  RequestRing,
+  type RingEnvironment,
+} from './async-rings.ts'
 import type { ConfigSpace, DeviceContext, DeviceHandlers, DeviceQueue, Metric } from './define.ts'
 import { DeviceError } from './errors.ts'
 import type {
@@ -107,8 +114,8 @@ export class AsyncDevice implements Device<AsyncQueueData> {
     this.#environment = {
       handlers,
       names: shape,
-      log: context.log,
       latecomers: new Latecomers(shape.timeoutMs),
+      lateFailures: new LateFailures(context.log),
     }
     this.features = shape.features
     this.numQueues = queues.length

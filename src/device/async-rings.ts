@@ -9,12 +9,15 @@ import type { DeviceChain, DeviceHandlers } from './define.ts'
 import { DeviceError } from './errors.ts'
 import type { DeviceLogger, QueueContext, QueueHandler, ReceiveHandler } from './index.ts'
 
+/** Between two lines about late failures. */
+const QUIET_MS = 5000
+
 /** What the rings of one device have in common. */
 export interface RingEnvironment {
   readonly handlers: DeviceHandlers
   readonly names: RequestNames
-  readonly log: DeviceLogger
   readonly latecomers: Latecomers
+  readonly lateFailures: LateFailures
 }
 
 /**
@@ -56,6 +59,32 @@ export class Latecomers {
         resolve()
       })
     })
+  }
+}
+
+/**
+ * Tells of handlers that fail after their ring ended. A front-end that leaves with a thousand requests in work, and comes back to
+ * do so again, must not fill the log: only now and then one is told of.
+ */
+export class LateFailures {
+  readonly #log: DeviceLogger
+  #quietUntil = 0
+  #leftOut = 0
+
+  constructor(log: DeviceLogger) {
+    this.#log = log
+  }
+
+  tell(details: object): void {
+    const now = performance.now()
+    if (now < this.#quietUntil) {
+      this.#leftOut++
+      return
+    }
+    this.#quietUntil = now + QUIET_MS
+    const more = this.#leftOut > 0 && { leftOut: this.#leftOut }
+    this.#leftOut = 0
+    this.#log.warn({ ...details, ...more }, 'a handler failed after its ring ended')
   }
 }
 
@@ -142,8 +171,7 @@ export class RequestRing implements QueueHandler {
     if (!this.#closed) return this.#context.fail(error, chain.chain)
     if (error instanceof DeviceError && error.code === 'ERR_DEVICE_CHAIN_GONE') return
     // There is no session any more that it could end.
-    const details = { err: error, queue: this.#queue.index, chain: chain.head }
-    this.#environment.log.warn(details, 'a handler failed after its ring ended')
+    this.#environment.lateFailures.tell({ err: error, queue: this.#queue.index, chain: chain.head })
   }
 }
 

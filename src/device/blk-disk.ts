@@ -3,8 +3,10 @@
  * them ({@link BlkDisk}), and requests are parsed, checked and answered here (virtio 1.3 §5.2.6). Owns what can be
  * wrong with a request; knows nothing of what is behind a disk.
  */
+
 import * as blk from '../virtio/blk.ts'
 import { featureSet } from '../virtio/features.ts'
+import { ByteBudget } from './byte-budget.ts'
 import type { DeviceChain, QueueDescription } from './define.ts'
 import type { QemuDevice } from './index.ts'
 
@@ -26,6 +28,11 @@ const SEG_MAX = 126
  * as the guest likes, and each would be a buffer of that length here.
  */
 const MAX_TRANSFER = 4 * 2 ** 20
+/**
+ * Bytes of all requests of a thread that are copied at a time; the others wait in line. A ring has room for 32768 requests,
+ * each with its 4 MiB. Linux with a queue of 128 and its largest requests stays below it.
+ */
+const copies = new ByteBudget(256 * 2 ** 20)
 const VIRTIO_ID_BLOCK = 2
 
 /**
@@ -177,10 +184,16 @@ async function perform(chain: DeviceChain, disk: BlkDisk, operation: BlkOperatio
       const offset = checkedOffset(disk, sector, total)
       for (let done = 0; done < total; ) {
         const length = Math.min(total - done, MAX_TRANSFER)
-        const bytes = await disk.read(offset + done, length)
-        if (bytes.length !== length)
-          throw new TypeError(`read(${offset + done}, ${length}) of the disk returned ${bytes.length} bytes`)
-        writer.bytes(bytes)
+        const turn = copies.take(length)
+        if (turn !== undefined) await turn
+        try {
+          const bytes = await disk.read(offset + done, length)
+          if (bytes.length !== length)
+            throw new TypeError(`read(${offset + done}, ${length}) of the disk returned ${bytes.length} bytes`)
+          writer.bytes(bytes)
+        } finally {
+          copies.give(length)
+        }
         done += length
       }
       return total
@@ -190,9 +203,15 @@ async function perform(chain: DeviceChain, disk: BlkDisk, operation: BlkOperatio
       const offset = checkedOffset(disk, sector, total)
       if (disk.write === undefined) throw new DiskError('read-only', 'read_only')
       for (let done = 0; done < total; ) {
-        const bytes = reader.bytes(Math.min(total - done, MAX_TRANSFER))
-        await disk.write(offset + done, bytes)
-        done += bytes.length
+        const length = Math.min(total - done, MAX_TRANSFER)
+        const turn = copies.take(length)
+        if (turn !== undefined) await turn
+        try {
+          await disk.write(offset + done, reader.bytes(length))
+        } finally {
+          copies.give(length)
+        }
+        done += length
       }
       return total
     }

@@ -6,6 +6,12 @@ import type { Chain } from '../virtio/chain.ts'
 import type { ChainReader } from './define.ts'
 import { ChainError } from './errors.ts'
 
+/**
+ * What `bytes()` copies at most: a guest with 16 MiB of memory can make a chain of 4 GiB of it, and handlers that don't look
+ * how long it is are the rule.
+ */
+const MAX_REST = 16 * 2 ** 20
+
 /** Who lends the chain. */
 export interface ChainOwner {
   /** @throws DeviceError when the chain is the driver's again */
@@ -63,7 +69,7 @@ export class SegmentReader implements ChainReader {
     return BigInt(chain.readU32(at)) | (BigInt(chain.readU32(at + 4)) << 32n)
   }
 
-  bytes(count = this.remaining): Uint8Array<ArrayBuffer> {
+  bytes(count = this.#rest()): Uint8Array<ArrayBuffer> {
     const at = this.#at
     // Before anything is allocated: a count that the guest made up must not cost more than its chain has.
     const chain = this.#take(checkCount('bytes', count))
@@ -77,6 +83,13 @@ export class SegmentReader implements ChainReader {
     const copied = chain.copyFrom(this.#at, target, 0, target.length)
     this.#at += copied
     return copied
+  }
+
+  #rest(): number {
+    const { remaining } = this
+    if (remaining <= MAX_REST) return remaining
+    const has = `chain ${this.#owner.use().head} has ${remaining} more device-readable bytes`
+    throw new ChainError(`${has}, the handler reads all of them and expects at most ${MAX_REST}`)
   }
 
   /** Moves on by `count` bytes. Returns the chain. @throws ChainError when it has fewer */

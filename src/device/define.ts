@@ -27,7 +27,8 @@ import { checkDescription, type DeviceShape, resolveField } from './async-descri
 import { AsyncDevice, type AsyncQueueData } from './async-device.ts'
 import type { DeviceDefinition, DeviceHost, DeviceLogger, DeviceMetric, QemuDevice } from './index.ts'
 
-const DEFAULT_TIMEOUT_MS = 30_000
+/** Of `timeoutMs`, in both styles. */
+export const DEFAULT_TIMEOUT_MS = 30_000
 
 /**
  * What a device module passes to {@link defineDevice}. `queues`, `features`, `config` and `qemu` may be functions of
@@ -116,7 +117,8 @@ export interface DeviceHandlers {
   discard?(chain: DeviceChain, queue: DeviceQueue): void
   /**
    * The driver writes to the config space, inside of it. Returns false to refuse it; otherwise it changes {@link
-   * DeviceContext.config} itself, before the driver's next look. Without it every write is refused.
+   * DeviceContext.config} itself, before the driver's next look. It may take as long as a chain. Without it every write
+   * is refused.
    */
   writeConfig?(offset: number, bytes: Uint8Array): boolean | Promise<boolean>
   /**
@@ -266,7 +268,10 @@ export interface ChainReader {
   u16(): number
   u32(): number
   u64(): bigint
-  /** A copy. Unset: all that remains, up to 4 GiB if the guest wants it so: look at `remaining` before. */
+  /**
+   * A copy. Unset: all that remains, if that is at most 16 MiB; more is the guest's fault. With a count it may be up to 4 GiB, if
+   * the guest wants it so: look at `remaining` before.
+   */
   bytes(count?: number): Uint8Array<ArrayBuffer>
   /** Copies as much as remains and fits. Returns how many bytes. Never throws for the end. */
   into(target: Uint8Array): number

@@ -331,7 +331,8 @@ export interface ReceiveHandler extends CommonHandler {
   /** Something is here for the driver, which has no chain for it: the engine asks to be kicked. */
   readonly waiting: boolean
   /**
-   * Gives all chains back that it holds (`QueueContext.untake`): the ring stops, was disabled, or its memory changes.
+   * Gives all chains back that it holds (`QueueContext.untake`): the ring stops, was disabled, or its memory changes; or
+   * they are in flight for longer than `DeviceDefinition.timeoutMs`, and what is not given back then is overdue.
    */
   release(): void
 }

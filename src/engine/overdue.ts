@@ -16,6 +16,11 @@ export class Overdue {
     this.#limit = timeoutMs * 1000
   }
 
+  /** The last look found a chain that is overdue if it still is at the next one. */
+  get suspects(): boolean {
+    return this.#suspect !== undefined
+  }
+
   /**
    * A chain that is overdue, at two looks in a row: after a pause of the whole process (SIGSTOP, a suspended host) its
    * handler gets its turn first. @param now microseconds

@@ -317,7 +317,11 @@ export class Queue implements QueueContext {
   lookForOverdue(now: number): void {
     if (this.#overdue === undefined || this.#abandoned) return
     const chain = this.#overdue.look(this.#chains!, now)
-    if (chain === undefined) return
+    if (chain === undefined) {
+      // A receiver may only hold it for what may come: then it is back in the ring at the next look.
+      if (this.#overdue.suspects) this.#release()
+      return
+    }
     const message = `chain ${chain.head} of queue ${this.queueIndex} has not been completed for ${this.#overdue.text}`
     this.#fail(new DeviceError('ERR_DEVICE_STUCK', message), chain)
   }
@@ -405,7 +409,8 @@ export class Queue implements QueueContext {
     else if (this.#overdue === undefined) this.#chains = undefined
     this.vring.setMemory(memory)
     if (this.vring.error !== undefined && !this.#broken) this.#break()
-    this.#republish = this.#owed
+    // Not `= this.#owed`: of two updates in a row the second would forget what the first has seen.
+    if (this.#owed) this.#republish = true
     this.#owed = false
     // One that is gone may be back at the next look for chains: only then it is over.
     if (this.vring.missAddress >= 0) this.#lookForMiss()

@@ -9,6 +9,10 @@ import type { IothreadHandle } from './iothread-handle.ts'
 export interface Blocked extends Work {
   /** How long it has not answered, in milliseconds. */
   readonly ms: number
+  /** How much of that was not told before: what is to be added up. */
+  readonly newMs: number
+  /** It has just been a second, or ten more: worth a line. */
+  readonly notable: boolean
 }
 
 /** What a thread of a device's own tells. */
@@ -20,10 +24,10 @@ export interface OwnThreadEvents {
    * with the same.
    */
   death(error: unknown): void
-  /** It runs, and has not answered for a second, or for ten more. */
+  /** It runs, and has not answered for a second or longer: four times a second. */
   blocked(blocked: Blocked): void
-  /** It answers again, after `ms` milliseconds. */
-  unblocked(ms: number): void
+  /** It answers again, after `ms` milliseconds. @param newMs as {@link Blocked.newMs} */
+  unblocked(ms: number, newMs: number): void
 }
 
 const PERIOD_MS = 250
@@ -41,6 +45,8 @@ export class ThreadWatch {
   /** Of the present ping; -1 = all are answered. */
   #sentAt = -1
   #periods = 0
+  /** How much of its age was told, in milliseconds. */
+  #told = 0
 
   constructor(thread: IothreadHandle, events: OwnThreadEvents) {
     this.#thread = thread
@@ -63,13 +69,15 @@ export class ThreadWatch {
   #tick(): void {
     if (this.#sentAt < 0) return this.#ping()
     this.#periods++
-    if (this.#periods >= PATIENCE && (this.#periods - PATIENCE) % REPEAT === 0)
-      this.#events.blocked({ ms: this.#age, ...this.#thread.work })
+    if (this.#periods < PATIENCE) return
+    const notable = (this.#periods - PATIENCE) % REPEAT === 0
+    this.#events.blocked({ ...this.#tell(), notable, ...this.#thread.work })
   }
 
   #ping(): void {
     this.#sentAt = performance.now()
     this.#periods = 0
+    this.#told = 0
     this.#thread.request({ kind: 'ping' }).then(
       () => this.#answered(),
       () => this.end()
@@ -77,12 +85,15 @@ export class ThreadWatch {
   }
 
   #answered(): void {
-    const ms = this.#age
+    const { ms, newMs } = this.#tell()
     this.#sentAt = -1
-    if (this.#periods >= PATIENCE) this.#events.unblocked(ms)
+    if (this.#periods >= PATIENCE) this.#events.unblocked(ms, newMs)
   }
 
-  get #age(): number {
-    return Math.round(performance.now() - this.#sentAt)
+  #tell(): Pick<Blocked, 'ms' | 'newMs'> {
+    const ms = Math.round(performance.now() - this.#sentAt)
+    const newMs = ms - this.#told
+    this.#told = ms
+    return { ms, newMs }
   }
 }

@@ -158,6 +158,10 @@ export class Connection implements Disposable {
     this.#readiness.wake()
   }
 
+  get isAborted(): boolean {
+    return this.#closed
+  }
+
   /** Resolves after `abort`. */
   get aborted(): Promise<void> {
     return this.#aborted.promise

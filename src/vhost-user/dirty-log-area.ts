@@ -52,9 +52,12 @@ export class DirtyLogArea {
       area.release()
       throw error
     }
-    await this.share()
-    // Not before: an iothread may have been marking in it.
-    before?.release()
+    try {
+      await this.share()
+    } finally {
+      // Not before: an iothread may have been marking in it.
+      before?.release()
+    }
   }
 
   /** SET_LOG_FD: takes over `fd`. */

@@ -76,11 +76,17 @@ export class MemoryExchange {
   /** Puts `regions` in place of the present ones and releases those that are gone, once nothing is in flight. */
   async #exchange(regions: MappedRegion[]): Promise<void> {
     const gone = this.table.regions.filter((region) => !regions.includes(region))
-    await this.#host.pause()
     try {
+      await this.#host.pause()
       this.table.regions = regions
       this.translations.keep(this.table)
       await this.share()
+    } catch (error) {
+      // Who serves the rings has died in part: the end of the session, which follows, releases all of them.
+      this.table.regions = [...regions, ...gone]
+      throw error
+    }
+    try {
       for (const region of gone) region.release()
       // A ring's addresses are the front-end's own: where they are in guest memory may have changed with the table.
       await this.#rings.moved()

@@ -2,26 +2,39 @@
 import { native } from '../native.ts'
 import { Readiness } from './readiness.ts'
 
-export class MemoryFaults implements Disposable {
-  readonly #fd = native.faultEventFd()
-  readonly #readiness: Readiness
-  #closed = false
+/** The guard has one eventfd for the whole process, which can be watched once; a program may run several daemons. */
+const listeners = new Set<MemoryFaults>()
+let readiness: Readiness | undefined
 
-  /** @param onFault called after one or more mappings lost pages */
+export class MemoryFaults implements Disposable {
+  readonly #onFault: () => void
+
+  /** @param onFault called after one or more mappings lost pages, of whichever daemon of this process */
   constructor(onFault: () => void) {
-    this.#readiness = new Readiness(this.#fd)
-    void this.#run(onFault)
+    this.#onFault = onFault
+    if (readiness === undefined) {
+      const fd = native.faultEventFd()
+      readiness = new Readiness(fd)
+      void listen(fd, readiness)
+    }
+    listeners.add(this)
+  }
+
+  tell(): void {
+    this.#onFault()
   }
 
   [Symbol.dispose](): void {
-    this.#closed = true
-    this.#readiness.dispose()
+    if (!listeners.delete(this) || listeners.size > 0) return
+    readiness?.dispose()
+    readiness = undefined
   }
+}
 
-  async #run(onFault: () => void): Promise<void> {
-    while (!this.#closed) {
-      await this.#readiness.wait()
-      if (native.eventfdRead(this.#fd) > 0) onFault()
-    }
+/** Until nobody wants to hear of it. */
+async function listen(fd: number, own: Readiness): Promise<void> {
+  while (readiness === own) {
+    await own.wait()
+    if (native.eventfdRead(fd) > 0) for (const listener of listeners) listener.tell()
   }
 }

@@ -165,7 +165,8 @@ export class Session {
     return await this.#suspension.run(this.connection, async () => {
       this.channel.hold()
       await this.rings.suspend()
-      return saveSession(this)
+      // What ended it may be a chain that its device gave up: nobody could complete that.
+      return this.connection.isAborted ? undefined : saveSession(this)
     })
   }
 

@@ -17,6 +17,7 @@ import type { MemoryExchange, MovableRings } from './memory-exchange.ts'
 import { LOGGING, type Negotiated } from './negotiated.ts'
 import type { RingHost } from './ring-host.ts'
 import { checkBase, checkSize, firstBase, NO_FD, RingState } from './ring-state.ts'
+import { whenSettled } from './when-settled.ts'
 import {
   VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
   VHOST_USER_VRING_IDX_MASK,
@@ -219,8 +220,9 @@ export class Vrings implements MovableRings {
     }
   }
 
+  /** @throws when one can't be stopped, since who served it has died; then none of the others runs any more either */
   async stopAll(): Promise<void> {
-    for (const ring of this.all) await this.#stop(ring, false)
+    await whenSettled(this.all.map((ring) => this.#stop(ring, false)))
   }
 
   closeFds(): void {

@@ -81,7 +81,9 @@ function mustGoOn(device: string, ...errors: string[]): void {
   expect(eventually(() => said(device, 'error').length >= errors.length, 5000)).toBe(true)
   wellBehaved(daemon.path(`${device}.sock`))
   otherLoad.step()
-  expect(said(device, 'error')).toEqual(errors)
+  // A busy machine notices it later.
+  const inTime = (msg: string) => msg.replace(/thread for [2-5] s$/, 'thread for 1 s')
+  expect(said(device, 'error').map(inTime)).toEqual(errors)
   expect(said('disk', 'error', 'warn')).toEqual([])
   seen = daemon.lines.length
 }
@@ -184,6 +186,13 @@ describe('a method', () => {
     expect(() => opened.session.connection.setConfig(32, Uint8Array.of(0))).toThrow(/closed/)
     const what = `${line('thrown')}: writeConfig: fault: writeConfig`
     mustGoOn('faulty', `the session failed, its connection is closed: ${what}`)
+  })
+
+  test('writeConfig never answers: the front-end does not wait for ever', () => {
+    using opened = open(daemon.path('impatient.sock'))
+    arm(opened, 'writeConfig never')
+    expect(() => opened.session.connection.setConfig(32, Uint8Array.of(0))).toThrow(/closed/)
+    mustGoOn('impatient', `${ends}${impatient}: writeConfig() has not returned after 1 s`)
   })
 
   test('reset throws: the driver that comes next is served', () => {

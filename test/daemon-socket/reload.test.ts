@@ -429,3 +429,14 @@ test('an old version that does not complete what it has goes on', () => {
   expect(serialOf(blk)).toBe('v1 r1')
   mustServe(blk)
 })
+
+test('a new version that hangs while it is opened does not keep the daemon from stopping', () => {
+  using daemon = new Watched()
+  using opened = open(daemon.socket)
+  mustServe(opened.blk)
+  const first = 'const { file, size } = options'
+  daemon.edit(first, `${first}\n    host.log.info({}, 'opening')\n    await new Promise(() => {})`)
+  expect(eventually(() => daemon.has('opening'), 10_000)).toBe(true)
+  daemon.stop()
+  expect(daemon.lines.filter(({ level }) => level === 'error')).toEqual([])
+})

@@ -100,6 +100,28 @@ describe('a module that is all right', () => {
     expect(module.address).toMatchObject({ specifier: 'some-device', shown: 'some-device' })
   })
 
+  test('may be CommonJS, with a valibot of its own or none, and has the classes of this virtiod', async () => {
+    const text = `const { defineDevice, ConfigError } = require('virtiod/device')
+const { blkDevice } = require('virtiod/device/virtio-blk')
+const v = require('valibot')
+module.exports = defineDevice({
+  apiVersion: 1, name: 'counter', ...blkDevice,
+  options: v.strictObject({ size: v.pipe(v.number(), v.metadata({ size: true })) }),
+  qemu: () => { throw new ConfigError('ERR_X', 'x', 'no', 'Fix.') },
+  create: () => ({ handle: () => {} }),
+})
+`
+    const missing = await refusal(moduleFile(text, 'cjs'))
+    expect(missing).toEqual(['ERR_OPTION_REQUIRED', '--option size: missing. It is required.'])
+    // Of the same class as ours.
+    expect(await refusal(moduleFile(text, 'cjs'), { size: 1 })).toEqual(['ERR_X', 'x: no. Fix.'])
+    const helper = moduleFile(`module.exports = require('valibot').number()\n`, 'cjs')
+    const module = moduleFile(
+      short().replace('v.number()', 'number').replace('import * as v', `import number from '${helper}'\nimport * as v`)
+    )
+    expect((await configure(module, { size: 1 })).definition.name).toBe('counter')
+  })
+
   test('a path of a configuration file is relative to that', async () => {
     const given = { values: { size: 1, file: 'x' }, text: false, file: join(dir, 'sub/v.yaml'), label: '', where: '' }
     const module = moduleFile(short())
@@ -320,5 +342,39 @@ describe('options', () => {
   test('are refused by the thread of the module in the same way', async () => {
     const words = { size: '1', sise: '2' }
     expect(await refusal(moduleFile(short()), words, true)).toEqual(check(words))
+  })
+})
+
+describe('a queue module', () => {
+  const withQueue = (name: string) =>
+    moduleFile(fast(`createQueueHandler: undefined, queueModule: new URL('./${name}', import.meta.url),`))
+
+  test('is loaded with the module', async () => {
+    writeFileSync(join(dir, 'queue.ts'), 'export const createQueueHandler = () => ({})\n')
+    expect((await configure(withQueue('queue.ts'))).definition.queueModule?.href).toMatch(/\/queue\.ts$/)
+  })
+
+  test.each([
+    [
+      'is not there',
+      'wrong0.ts',
+      undefined,
+      'ERR_DEVICE_DEFINITION',
+      /^\$\/wrong0\.ts: there is no such queueModule\./,
+    ],
+    [
+      'has no handler to make',
+      'wrong1.ts',
+      'export const x = 1',
+      'ERR_DEVICE_DEFINITION',
+      /^\$\/wrong1\.ts: it does not export the function createQueueHandler\./,
+    ],
+    ['is no TypeScript', 'wrong2.ts', 'let = ;\n', 'ERR_DEVICE_MODULE', /^\$\/wrong2\.ts:1(:\d+)?: SyntaxError: /],
+    ['throws', 'wrong3.ts', `throw new RangeError('no')`, 'ERR_DEVICE_MODULE', /^\$\/wrong3\.ts:1.*RangeError: no/],
+  ])('that %s', async (_, name, text, code, message) => {
+    if (text !== undefined) writeFileSync(join(dir, name), text)
+    const [found, said] = await refusal(withQueue(name))
+    expect(said).toMatch(message)
+    expect(found).toBe(code)
   })
 })

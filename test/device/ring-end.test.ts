@@ -52,6 +52,23 @@ describe('a ring that ends with chains in work', () => {
     ])
   })
 
+  test('of many that fail one is logged: a front-end that comes and goes must not fill the log', async () => {
+    await using device = await open(() => ({
+      async handle() {
+        await turns(8)
+        throw new Error('too late')
+      },
+    }))
+    for (let driver = 0; driver < 3; driver++) {
+      for (let i = 0; i < 50; i++) device.request(0, bytes(i)).catch(() => {})
+      await turns(2)
+      await device.reset()
+      await turns(20)
+    }
+    expect(device.failure).toBeUndefined()
+    expect(device.log).toHaveLength(1)
+  })
+
   test('a chain of the former ring does not touch the next one that has its head', async () => {
     const gate = Promise.withResolvers<void>()
     const chains: DeviceChain[] = []

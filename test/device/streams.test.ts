@@ -122,6 +122,16 @@ describe('reader', () => {
     expect(reader.position).toBe(0)
   })
 
+  test('all that remains is at most 16 MiB, or is asked for by its number', () => {
+    const { reader } = chainOf(new Array<Uint8Array>(17).fill(new Uint8Array(2 ** 20)), 0).chain
+    const message =
+      'chain 5 has 17825792 more device-readable bytes, the handler reads all of them and expects at most 16777216'
+    expect(() => reader.bytes()).toThrow(expect.objectContaining({ name: 'ChainError', message }))
+    expect(reader.position).toBe(0)
+    expect(reader.skip(2 ** 20).bytes()).toHaveLength(2 ** 24)
+    expect(reader.seek(0).bytes(reader.length)).toHaveLength(17 * 2 ** 20)
+  })
+
   test.each([-1, 4, 0.5, Number.NaN])('a seek to %s is a RangeError', (position) => {
     const { reader } = chainOf(counting(3), 0).chain
     expect(() => reader.seek(position)).toThrow(new RangeError(`seek: ${position} is not a position from 0 to 3`))

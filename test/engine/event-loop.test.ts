@@ -8,6 +8,7 @@ import { InFlightChains } from '../../src/engine/in-flight-chains.ts'
 import { Overdue } from '../../src/engine/overdue.ts'
 import { Chain } from '../../src/virtio/chain.ts'
 import * as device from './fixtures/async-device.ts'
+import type { CardMessage } from './fixtures/card.ts'
 import {
   ASYNC_DEVICE,
   asleep,
@@ -18,6 +19,8 @@ import {
   TestSession,
   until,
 } from './harness.ts'
+
+const CARD = new URL('./fixtures/card.ts', import.meta.url).href
 
 let directory: string
 let path: string
@@ -277,6 +280,21 @@ describe.each([
       await buffers.send({ put: [1] })
       await buffers.used(1)
       expect(engine.events).toEqual([])
+    })
+
+    it('does not when a receiver only holds it for what may come', async () => {
+      await using engine = await Engine.start(emulate, { eventLoop: true })
+      const own = await engine.spawnOwn()
+      const { ring } = await TestSession.start(engine, { thread: own.thread, timeoutMs: 50, module: CARD })
+      const held = new Promise((resolve) => engine.pool.once('reported', resolve))
+      ring.offer(ring.prepare(0, 0), ring.prepare(1, 0))
+      const tell = (message: CardMessage) => own.thread.request({ kind: 'message', queue: ring.id, message })
+      await tell({ hold: 2 })
+      await held
+      await own.thread.call({ sleep: 800 })
+      expect(engine.events).toEqual([])
+      await tell({ values: [1, 2] })
+      await ring.used(2)
     })
   })
 })

@@ -101,7 +101,7 @@ export interface OwnThreadLog {
   readonly messages: unknown[]
   readonly deaths: unknown[]
   readonly blocked: Blocked[]
-  readonly unblocked: number[]
+  readonly unblocked: { readonly ms: number; readonly newMs: number }[]
 }
 
 const idle = new Map<string, Engine>()
@@ -169,7 +169,12 @@ export class Engine implements AsyncDisposable {
 
   /** As `spawnOwn`, but nobody ends it. */
   spawn(data: Partial<OwnData> = {}, deaths: unknown[] = []): OwnThreadLog {
-    const log = { messages: [] as unknown[], deaths, blocked: [] as Blocked[], unblocked: [] as number[] }
+    const log = {
+      messages: [] as unknown[],
+      deaths,
+      blocked: [] as Blocked[],
+      unblocked: [] as OwnThreadLog['unblocked'],
+    }
     const thread = this.pool.spawn({
       entry: OWN_ENTRY,
       data: { eventLoop: true, ...data } satisfies OwnData,
@@ -177,7 +182,7 @@ export class Engine implements AsyncDisposable {
         message: (message) => log.messages.push(message),
         death: (error) => log.deaths.push(error),
         blocked: (blocked) => log.blocked.push(blocked),
-        unblocked: (ms) => log.unblocked.push(ms),
+        unblocked: (ms, newMs) => log.unblocked.push({ ms, newMs }),
       },
     })
     return { thread, ...log }

@@ -240,6 +240,29 @@ describe.each([
       if (format.inflight) expect(ring.marks).toBe(0)
       expect(engine.events).toEqual([])
     })
+
+    it('also when other translations come with it', async () => {
+      await using engine = await Engine.start(emulate)
+      const session = await TestSession.start(engine, options)
+      const { ring, control } = session
+      await mapAll(session, -1)
+      const heads = [0, 1].map((slot) => ring.prepare(slot, PARK))
+      ring.offer(...heads)
+      await until('they are handled', () => control[HANDLED] === 2)
+      const part = format.packed ? ring.layout.descriptor : ring.layout.device
+      await session.invalidate(part, PAGE)
+      await ring.send({ complete: heads })
+      await ring.round()
+      // The iothread finds both messages at once.
+      const blocked = ring.send({ block: true })
+      const changed = [part, session.free + PAGE].map((at) => session.update(session.entry(at, PAGE)))
+      Atomics.store(control, device.GATE, 1)
+      Atomics.notify(control, device.GATE)
+      await Promise.all([blocked, ...changed])
+      expect((await ring.used(2)).map(({ id }) => id)).toEqual(heads)
+      await ring.called()
+      expect(engine.events).toEqual([])
+    })
   })
 
   it('a receiver gives chains back whose buffers go away', async () => {
