@@ -44,7 +44,7 @@ export class EventSender {
   /**
    * Sends events that belong together, and the end of the group. A group waits for buffers and is never dropped; who reads it
    * does nothing before its end (SYN_REPORT), so it need not go out at once (virtio 1.3 §5.8.6.2). One caller at a time.
-   * @throws CommandError when no driver listens, or goes away meanwhile
+   * @throws CommandError when no driver listens, it goes away meanwhile, or its buffers are none for events
    */
   async group(events: readonly InputEvent[]): Promise<void> {
     if (!this.#queue.active) throw new CommandError('no driver of a guest listens')
@@ -52,6 +52,10 @@ export class EventSender {
     for (const event of [...events, { type: EV_SYN, code: SYN_REPORT, value: 0 }]) {
       // Only one chain at a time, which is completed at once: one that is kept would keep the ring from stopping.
       const chain = await this.#queue.next(signal)
+      if (chain.writer.length < VIRTIO_INPUT_EVENT_SIZE) {
+        chain.complete(0)
+        throw new CommandError("the guest's driver gave a buffer that is too small for an event")
+      }
       chain.operation('event', VIRTIO_INPUT_EVENT_SIZE)
       writeInputEvent(chain.writer, event)
       chain.complete()

@@ -67,21 +67,39 @@ export default defineDevice({
     const limited = metric('limited_total')
     let periodStart = performance.now()
     let left = rate
+    /** Requests that wait for the next period. */
+    let waiting = 0
     let warned = false
 
-    /** How many of `wanted` bytes the guest may have now, at least one; waits for a period in which it may. */
-    async function allowance(wanted: number): Promise<number> {
-      for (let waits = 0; ; waits++) {
-        const now = performance.now()
-        if (now - periodStart >= period) {
-          periodStart = now
-          left = rate
-        }
-        if (left > 0) break
-        if (waits === 0) limited.add()
-        await sleep(Math.ceil(periodStart + period - now), undefined, { signal })
+    function begin(): void {
+      const now = performance.now()
+      if (now - periodStart < period) return
+      periodStart = now
+      left = rate
+    }
+
+    /** Until another period has begun. */
+    async function nextPeriod(): Promise<void> {
+      const since = periodStart
+      limited.add()
+      waiting++
+      try {
+        for (; periodStart === since; begin())
+          await sleep(Math.ceil(since + period - performance.now()), undefined, { signal })
+      } finally {
+        waiting--
       }
-      const allowed = Math.min(wanted, left)
+    }
+
+    /**
+     * How many of `wanted` bytes the guest may have now, at least one; waits for a period in which it may. Not for more than one:
+     * who stops the rings waits for all requests, and a guest that has a thousand of them must not make that take a thousand
+     * periods. So they share a period, and when there are more of them than bytes each gets its one all the same.
+     */
+    async function allowance(wanted: number): Promise<number> {
+      begin()
+      if (left <= 0) await nextPeriod()
+      const allowed = Math.min(wanted, Math.max(1, Math.floor(left / (waiting + 1))))
       left -= allowed
       return allowed
     }

@@ -14,6 +14,8 @@ import { portsOf } from './state.ts'
 const RX = 0
 const TX = 1
 const EVENT = 2
+/** `struct virtio_vsock_event` */
+const EVENT_SIZE = 4
 
 export default defineDevice({
   apiVersion: 1,
@@ -94,7 +96,9 @@ export default defineDevice({
         multiplexer.end(ended)
         queues[EVENT]!.next(driver.signal).then(
           (chain) => {
-            chain.writer.u32(VIRTIO_VSOCK_EVENT_TRANSPORT_RESET)
+            // Nobody would catch what a write into too small a buffer throws, and the chain would stay taken.
+            if (chain.writer.length < EVENT_SIZE) chain.error('malformed')
+            else chain.writer.u32(VIRTIO_VSOCK_EVENT_TRANSPORT_RESET)
             chain.operation('event')
             chain.complete()
           },

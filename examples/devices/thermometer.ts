@@ -121,7 +121,9 @@ function answerTo(files: readonly SensorFile[], opcode: number, node: number, re
     case INIT:
       return struct([4, 7], [4, 31], [8, 0], [4, 0], [4, MAX_WRITE], [4, 1], [8, 0], [8, 0], [8, 0], [8, 0], [4, 0])
     case LOOKUP: {
-      const name = Buffer.from(reader.bytes()).toString('latin1').split('\0')[0]
+      const name = Buffer.from(reader.bytes(Math.min(reader.remaining, 256)))
+        .toString('latin1')
+        .split('\0')[0]
       const index = files.findIndex((it) => it.name === name)
       if (node !== ROOT || index < 0) return ENOENT
       const found = ROOT + 1 + index

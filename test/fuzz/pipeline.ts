@@ -60,7 +60,9 @@ export class Pipeline {
         ready === 1 ? native.recvMessage(this.#fd, this.#chunk, 0, this.#chunk.length, this.#control) : EAGAIN
       if (length === EAGAIN) {
         if (performance.now() < deadline) continue
-        throw new Misbehaviour(`no answer to request ${this.#requests[payloads.length]} in ${PATIENCE_MS} ms`)
+        throw new Misbehaviour(
+          `no answer to request ${this.#requests[payloads.length]} (${payloads.length} of ${this.#requests.length}) in ${PATIENCE_MS} ms`
+        )
       }
       for (let i = 0; i < (this.#control[0] ?? 0); i++) native.close(this.#control[2 + i] ?? -1)
       if (length <= 0) {

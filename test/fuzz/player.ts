@@ -45,7 +45,7 @@ export class Play {
     this.#player = player
     this.#scenario = scenario
     const { target } = player
-    const socket = scenario.device === 'blk' ? target.blkSocket : target.netSocket
+    const socket = target.socketOf(scenario.device)
     this.#fd = native.connectUnix(socket)
     if (this.#fd < 0) {
       target.alive()

@@ -7,11 +7,11 @@ import { VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED } from 
 import { MEMORY_BYTES, RING_ENTRIES, ringParts, SECOND_REGION } from './player.ts'
 import type { Random } from './random.ts'
 import { FD_KINDS, type FdKind, type FuzzMessage, type Scenario } from './scenario.ts'
-import { BLK_QUEUES, NET_PAIRS } from './target.ts'
+import { VICTIMS, type Victim } from './victims.ts'
 
 /** What a device offers. */
 export interface Offer {
-  readonly device: 'blk' | 'net'
+  readonly device: Victim
   readonly features: bigint
   readonly protocolFeatures: bigint
 }
@@ -301,7 +301,7 @@ function anyRequest(random: Random, agreed: Agreed): number {
 }
 
 function queuesOf({ device }: Offer): number {
-  return device === 'blk' ? BLK_QUEUES : 2 * NET_PAIRS + 1
+  return VICTIMS[device]
 }
 
 function startRing(random: Random, agreed: Agreed, offer: Offer): FuzzMessage[] {

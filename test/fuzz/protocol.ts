@@ -1,5 +1,5 @@
 /**
- * The protocol fuzzer: one hostile session after the other on the victims' sockets, on both at the same time, and a look at
+ * The protocol fuzzer: one hostile session after the other on the victims' sockets, on two at the same time, and a look at
  * virtiod in between. When it misbehaves, what led there is cut down to the messages that do it.
  */
 import { Connection } from '../../src/frontend/connection.ts'
@@ -8,6 +8,7 @@ import { makeScenario, type Offer } from './protocol-messages.ts'
 import { Random } from './random.ts'
 import type { FuzzMessage, Scenario } from './scenario.ts'
 import { Misbehaviour, Target, type TargetOptions } from './target.ts'
+import { VICTIM_NAMES, type Victim } from './victims.ts'
 
 /** Sessions between two looks, and how many of them are kept for when something is wrong. */
 const SESSIONS = 200
@@ -45,13 +46,13 @@ export async function fuzzProtocol(options: RunOptions): Promise<ProtocolResult>
   try {
     await target.start()
     using player = new Player(target)
-    const offers = [offerOf(target.blkSocket, 'blk'), offerOf(target.netSocket, 'net')]
+    const offers = VICTIM_NAMES.map((victim) => offerOf(target.socketOf(victim), victim))
     const deadline = performance.now() + seconds * 1000
     let said = performance.now()
     for (let round = 0; counts.messages < count && performance.now() < deadline; round++) {
       recent.length = 0
       for (let i = 0; i < SESSIONS / 2 && performance.now() < deadline; i++) {
-        const pair = offers.map((offer) => makeScenario(random, offer))
+        const pair = random.two(offers).map((offer) => makeScenario(random, offer))
         recent.push(...pair)
         playTogether(player, pair, counts)
       }
@@ -157,7 +158,7 @@ function playTogether(player: Player, scenarios: readonly Scenario[], counts: Co
   }
 }
 
-function offerOf(socket: string, device: 'blk' | 'net'): Offer {
+function offerOf(socket: string, device: Victim): Offer {
   const connection = Connection.connect(socket)
   try {
     return { device, features: connection.getFeatures(), protocolFeatures: connection.getProtocolFeatures() }

@@ -33,6 +33,13 @@ export class Random {
     return list[this.next() % list.length] as T
   }
 
+  /** Two different ones. */
+  two<T>(list: readonly T[]): [T, T] {
+    const first = this.below(list.length)
+    const second = (first + 1 + this.below(list.length - 1)) % list.length
+    return [list[first] as T, list[second] as T]
+  }
+
   /** A u32, small or at a border more often than anywhere else. */
   odd32(): number {
     switch (this.below(4)) {

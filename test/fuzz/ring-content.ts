@@ -4,6 +4,7 @@
  */
 import { udpFrame } from '../../src/frontend/net-frames.ts'
 import type { Random } from './random.ts'
+import { fillScsi, fillStatus, fillVsock } from './ring-requests.ts'
 
 /** Bytes of guest memory that a ring has for itself, and where its parts are in them. */
 export const RING_STRIDE = 32_768
@@ -26,7 +27,11 @@ const INDIRECT = 4
 const AVAIL = 0x80
 const USED = 0x8000
 
-export type Purpose = 'disk' | 'receive' | 'transmit' | 'control'
+/**
+ * `command` and `task` are those of SCSI, `packet` is one of a vsock, `event` a small buffer for what comes in, `status`
+ * what a guest says to its keyboard.
+ */
+export type Purpose = 'disk' | 'receive' | 'transmit' | 'control' | 'command' | 'task' | 'packet' | 'event' | 'status'
 
 /** A ring that is about to be started. */
 export interface RingPlan {
@@ -263,6 +268,25 @@ function purposeful(random: Random, index: number, purpose: Purpose): Piece[] {
           ]
     case 'control':
       return [piece(2, 0, header), piece(random.below(80), 0, header + 2), piece(1, WRITE)]
+    case 'command': {
+      const data = random.below(3) * random.pick([36, 252, 512, 4096])
+      const write = random.one(3)
+      return [
+        piece(51, 0, header),
+        ...(write && data > 0 ? [piece(data, 0)] : []),
+        piece(108, WRITE),
+        ...(!write && data > 0 ? [piece(data, WRITE)] : []),
+      ]
+    }
+    case 'task':
+      return [piece(random.one(3) ? 20 : 24, 0, header), piece(random.pick([1, 5, 5, 12]), WRITE)]
+    case 'packet':
+      // Behind a header is the place's own text, see fillVsock.
+      return random.one(3) ? [piece(44, 0, header), piece(20, 0, header + 44)] : [piece(64, 0, header)]
+    case 'event':
+      return [piece(random.one(8) ? random.below(12) : 8, WRITE)]
+    case 'status':
+      return [piece(8, 0, header)]
   }
 }
 
@@ -304,7 +328,10 @@ function fillBuffers(random: Random, view: DataView, { index, purpose }: RingPla
   const start = index * RING_STRIDE + BUFFERS
   for (let i = 0; i < 16; i++) {
     const at = start + 64 * i
-    if (purpose === 'disk') {
+    if (purpose === 'command' || purpose === 'task') fillScsi(random, view, at, purpose)
+    else if (purpose === 'packet') fillVsock(random, view, at)
+    else if (purpose === 'status') fillStatus(random, view, at)
+    else if (purpose === 'disk') {
       view.setUint32(at, random.one(12) ? random.next() : random.pick([0, 0, 1, 1, 4, 8, 11, 13]), true)
       view.setUint32(at + 4, 0, true)
       view.setUint32(at + 8, random.one(8) ? random.odd32() : random.below(8192), true)

@@ -24,7 +24,8 @@ import {
   TABLES,
   TABLES_END,
 } from './ring-content.ts'
-import { BLK_QUEUES, Misbehaviour, NET_PAIRS, SECRET } from './target.ts'
+import { Misbehaviour, SECRET } from './target.ts'
+import { VICTIMS, type Victim } from './victims.ts'
 
 const PAGE = 4096
 /** File bytes before the first region, which are not shared. */
@@ -35,9 +36,20 @@ const CANARY_BYTE = 0xc5
 const WRITE = 2
 const INDIRECT = 4
 
+/** What a queue is for, by device. */
+const PURPOSES: Readonly<Record<Victim, (index: number, queues: number) => Purpose>> = {
+  blk: () => 'disk',
+  net: (index, queues) => (index === queues - 1 ? 'control' : index % 2 === 0 ? 'receive' : 'transmit'),
+  scsi: (index) => (['task', 'receive'] as const)[index] ?? 'command',
+  rng: () => 'receive',
+  vsock: (index) => (index === 1 ? 'packet' : 'receive'),
+  input: (index) => (index === 0 ? 'event' : 'status'),
+  module: (index, queues) => (index === queues - 1 ? 'receive' : 'disk'),
+}
+
 /** What a session negotiates. */
 export interface RingSessionOptions {
-  readonly device: 'blk' | 'net'
+  readonly device: Victim
   readonly socket: string
   readonly packed: boolean
   readonly inOrder: boolean
@@ -47,7 +59,7 @@ export interface RingSessionOptions {
   readonly indirect: boolean
 }
 
-export function chooseOptions(random: Random, device: 'blk' | 'net', socket: string): RingSessionOptions {
+export function chooseOptions(random: Random, device: Victim, socket: string): RingSessionOptions {
   return {
     device,
     socket,
@@ -110,7 +122,7 @@ export class RingSession {
     this.#prefixAddress = mapping.address
     this.#kick = native.eventfd(1)
     this.#event = native.eventfd(0)
-    const queues = options.device === 'blk' ? BLK_QUEUES : 2 * NET_PAIRS + 1
+    const queues = VICTIMS[options.device]
     this.#session = Session.open(options.socket, {
       queues: 0,
       memory: this.#memory,
@@ -123,9 +135,7 @@ export class RingSession {
     })
     this.#format = { packed, eventIdx: this.#session.has(VIRTIO_F_EVENT_IDX) }
     this.#pipeline = new Pipeline(this.#session.connection.channel.fd)
-    this.#rings = Array.from({ length: queues }, (_, index) =>
-      options.device === 'blk' ? 'disk' : index === queues - 1 ? 'control' : index % 2 === 0 ? 'receive' : 'transmit'
-    )
+    this.#rings = Array.from({ length: queues }, (_, index) => PURPOSES[options.device](index, queues))
     if (this.#session.has(VIRTIO_F_ACCESS_PLATFORM)) this.#translate()
     for (const index of this.#rings.keys()) {
       this.#pipeline.add(wire.VHOST_USER_SET_VRING_CALL, wire.vringState(index, 0), this.#event)

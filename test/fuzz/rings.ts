@@ -1,5 +1,5 @@
 /**
- * The ring fuzzer: hostile drivers on both victims at the same time, session after session, thousands of rings in each, and a
+ * The ring fuzzer: hostile drivers on two victims at the same time, session after session, thousands of rings in each, and a
  * look at virtiod in between. What led to a find is a session's seed and the rounds of it.
  */
 import { Worker } from 'node:worker_threads'
@@ -9,15 +9,16 @@ import type { RunOptions } from './protocol.ts'
 import { Random } from './random.ts'
 import { chooseOptions, letRun, RingSession } from './ring-session.ts'
 import { Misbehaviour, Target, type TargetOptions } from './target.ts'
+import { VICTIM_NAMES } from './victims.ts'
 
-/** Rounds of a session: each starts all rings of both victims. */
+/** Rounds of a session: each starts all rings of both of its victims. */
 const ROUNDS = 60
 /** How often rings are filled again on average before they are stopped. */
 const REFILLS = 10
 /** Sessions between two looks at what is held. */
 const SESSIONS = 4
 
-/** A session on each victim that can be played again. */
+/** A session on each of two victims that can be played again. */
 export interface RingGame {
   readonly seed: number
   readonly rounds: number
@@ -135,7 +136,7 @@ export async function minimiseGames(
   return [{ seed, rounds: high, exact }]
 }
 
-/** One session on each victim, at the same time. */
+/** One session on each of two victims, at the same time. */
 async function playGame(
   target: Target,
   flipper: Flipper,
@@ -145,12 +146,8 @@ async function playGame(
   const random = new Random(seed)
   const sessions: RingSession[] = []
   try {
-    for (const [device, socket] of [
-      ['blk', target.blkSocket],
-      ['net', target.netSocket],
-    ] as const) {
-      sessions.push(new RingSession(chooseOptions(random, device, socket)))
-    }
+    for (const device of random.two(VICTIM_NAMES))
+      sessions.push(new RingSession(chooseOptions(random, device, target.socketOf(device))))
     if (!exact) await flipper.take(sessions[random.below(2)]!)
     for (let round = 0; round < rounds && sessions.every((session) => !session.ended); round++) {
       for (const session of sessions) session.start(random, exact)
@@ -170,7 +167,7 @@ async function playGame(
     for (const session of sessions) session.check()
   } catch (error) {
     // It may end a session, not refuse to begin one or stop to answer.
-    if (!(error instanceof FrontendError)) throw error
+    if (!(error instanceof FrontendError || error instanceof Misbehaviour)) throw error
     target.alive()
     throw new Misbehaviour(`a session with ${JSON.stringify(sessions.map(({ options }) => options))}: ${error.message}`)
   } finally {

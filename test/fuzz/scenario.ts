@@ -2,6 +2,7 @@
  * What a hostile front-end does over one connection, as data, so that it can be written to a file, played again and cut
  * down: batches of messages with the kinds of their fds, and how the connection ends.
  */
+import type { Victim } from './victims.ts'
 
 /** Kinds of fds: those that belong there, and those of odd-fds.ts that don't. */
 export const FD_KINDS = [
@@ -43,7 +44,7 @@ export interface FuzzMessage {
 }
 
 export interface Scenario {
-  readonly device: 'blk' | 'net'
+  readonly device: Victim
   /** Which kind of ring lies in memory. */
   readonly packed: boolean
   /** After each, except the last, all replies are read. */

@@ -1,5 +1,5 @@
 /**
- * The virtiod that is fuzzed: a child process with two devices for the fuzzers (a disk and a card) and three that serve
+ * The virtiod that is fuzzed: a child process with a device of each kind for the fuzzers and three that serve
  * well-behaved front-ends all the time. It says whether the process is well: alive, other sessions served and their data
  * untouched, nothing left of sessions that ended, and no word in its log of a failure of its own.
  */
@@ -11,10 +11,12 @@ import {
   readlinkSync,
   readSync,
   rmSync,
+  symlinkSync,
   writeFileSync,
 } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { BlkDriver } from '../../src/frontend/blk.ts'
 import { layouts } from '../../src/frontend/memory.ts'
 import { NetDriver } from '../../src/frontend/net.ts'
@@ -25,13 +27,13 @@ import { VHOST_TRANSFER_STATE_DIRECTION_SAVE } from '../../src/vhost-user/wire.t
 import { Daemon } from '../crash/daemon.ts'
 import { type Footprint, footprint } from '../crash/reconnects.ts'
 import type { Random } from './random.ts'
+import { BLK_QUEUES, GUEST_CID, NET_PAIRS, SCSI_QUEUES, VICTIM_NAMES, VICTIMS, type Victim } from './victims.ts'
 
 const MIB = 2 ** 20
 const DISK_BYTES = 4 * MIB
 /** What a ring of the victims may have at most. */
 export const QUEUE_SIZE = 256
-export const BLK_QUEUES = 16
-export const NET_PAIRS = 4
+const victimModule = fileURLToPath(new URL('./victim-module.ts', import.meta.url))
 /** What fills the disk and the frames of the others: it must turn up nowhere else. */
 export const SECRET = Buffer.from('the other guest, whose data nobody else may see')
 /** What fills the disk of the victim. */
@@ -57,8 +59,6 @@ export interface TargetOptions {
 export class Target {
   readonly directory = mkdtempSync(join(tmpdir(), 'virtiod-fuzz-'))
   readonly daemon: Daemon
-  readonly blkSocket: string
-  readonly netSocket: string
   #logFd = -1
   #logAt = 0
   #baseline: Footprint | undefined
@@ -82,18 +82,33 @@ export class Target {
       mac: `52:54:00:66:00:0${last}`,
       'queue-pairs': NET_PAIRS,
     })
+    writeFileSync(at('unit.img'), Buffer.alloc(DISK_BYTES, DISK_BYTE))
+    // What this guest says to port 1 are commands for that one's keyboard.
+    symlinkSync(at('control.sock'), at('host.sock_1'))
     const config = {
       'log-level': 'error',
       iothreads: 2,
       devices: [
         {
           type: 'blk',
-          name: 'victim',
-          'socket-path': 'victim.sock',
+          name: 'blk',
+          'socket-path': 'blk.sock',
           'blk-file': 'victim.img',
           'num-queues': BLK_QUEUES,
         },
-        card('card', 'hostile', 1),
+        card('net', 'hostile', 1),
+        {
+          type: 'scsi',
+          name: 'scsi',
+          'socket-path': 'scsi.sock',
+          lun: ['unit.img'],
+          'num-queues': SCSI_QUEUES,
+          discard: 'on',
+        },
+        { type: 'rng', name: 'rng', 'socket-path': 'rng.sock' },
+        { type: 'vsock', name: 'vsock', 'socket-path': 'vsock.sock', 'guest-cid': GUEST_CID, 'uds-path': 'host.sock' },
+        { type: 'input', name: 'input', 'socket-path': 'input.sock', control: 'control.sock', 'key-delay': 0 },
+        { type: 'device', name: 'module', 'socket-path': 'module.sock', module: victimModule },
         // It hears what the victim sends, and has no offloads: what is sent must be cut for it.
         card('neighbour', 'hostile', 2),
         { type: 'blk', name: 'well', 'socket-path': 'well.sock', 'blk-file': 'well.img', 'num-queues': 2 },
@@ -102,8 +117,6 @@ export class Target {
       ],
     }
     writeFileSync(at('virtiod.json'), JSON.stringify(config))
-    this.blkSocket = at('victim.sock')
-    this.netSocket = at('card.sock')
     // The last of its sockets: when that listens, all do.
     this.daemon = new Daemon(at('right.sock'), ['run', at('virtiod.json')], at('log'), {
       socketOption: false,
@@ -115,9 +128,13 @@ export class Target {
     })
   }
 
+  socketOf(victim: Victim): string {
+    return join(this.directory, `${victim}.sock`)
+  }
+
   /** Until it listens, and the well-behaved sessions are there. */
   async start(): Promise<void> {
-    if (!(await this.daemon.listening())) throw new Error(`virtiod does not start:\n${this.daemon.log}`)
+    if (!(await this.daemon.listening(60_000))) throw new Error(`virtiod does not start:\n${this.daemon.log}`)
     this.#logFd = openSync(join(this.directory, 'log'), 'r')
     this.#session = Session.open(join(this.directory, 'well.sock'), { memory: layouts.single(2 * MIB) })
     this.#disk = new BlkDriver(this.#session.queue(), this.#session.memory, MIB)
@@ -131,8 +148,9 @@ export class Target {
       this.#cards.push(new NetDriver(session, { control: false, rxBuffers: 32, queueSize: 64 }))
     }
     // What is opened once, at the first session of a device, is not left of a session.
-    for (const socket of [this.blkSocket, this.netSocket]) {
-      Session.open(socket, { queues: 2, memory: layouts.single(MIB) }).close()
+    for (const victim of VICTIM_NAMES) {
+      const socket = this.socketOf(victim)
+      Session.open(socket, { queues: Math.min(2, VICTIMS[victim]), memory: layouts.single(MIB) }).close()
       transferState(socket)
     }
     sleepMs(200)

@@ -201,6 +201,21 @@ describe('a keyboard', () => {
     expect(await again).toEqual(['ok'])
   })
 
+  test('gives back buffers that are too small, and who wanted to use them hears of it', async () => {
+    const command = client.command('key KEY_A down')
+    const small = device.give(EVENTS, VIRTIO_INPUT_EVENT_SIZE - 1)
+    expect(await command).toEqual(["error the guest's driver gave a buffer that is too small for an event"])
+    expect(await small).toHaveLength(0)
+    // One that has nothing to write into at all.
+    const again = client.command('key KEY_A down')
+    expect((await device.request(EVENTS, Uint8Array.of(1))).written).toBe(0)
+    expect((await again)[0]).toContain('too small')
+    const held = client.command('key KEY_A down')
+    expect(await events(2)).toEqual(down(30))
+    expect(await held).toEqual(['ok'])
+    expect(device.log).toEqual([])
+  })
+
   test('keeps its state over a handover', async () => {
     const held = client.command('key KEY_A down')
     await events(2)

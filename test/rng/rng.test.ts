@@ -52,8 +52,15 @@ describe.each([{ split: false }, { split: true }])('virtio-rng, %o', (framing) =
   test('a rate is kept: the answer is short, and who comes next waits for the next period', async () => {
     await using device = await testDevice(rng, { ...framing, options: { rate: 100, period: 50 } })
     const replies = await Promise.all([read(device, 64), read(device, 64), read(device, 64), read(device, 64)])
-    expect(replies.map(({ written }) => written)).toEqual([64, 36, 64, 36])
+    expect(replies.map(({ written }) => written)).toEqual([64, 36, 50, 50])
     expect(device.metrics()).toEqual({ bytes_total: 200, limited_total: 2 })
+  })
+
+  test('nobody waits for more than one period, however many want more than there is', async () => {
+    await using device = await testDevice(rng, { ...framing, options: { rate: 10, period: 100 } })
+    const replies = await Promise.all(Array.from({ length: 200 }, () => read(device, 64)))
+    expect(replies.map(({ written }) => written)).toEqual([10, ...new Array<number>(199).fill(1)])
+    expect(device.metrics()).toEqual({ bytes_total: 209, limited_total: 199 })
   })
 
   test('a rate of one byte still gives one to everybody', async () => {

@@ -286,6 +286,15 @@ describe('buffers', () => {
   })
 })
 
+test.each([1, 3])('an event buffer of %i bytes comes back empty', async (length) => {
+  await using guest = await FakeGuest.start()
+  const given = guest.device.give(2, length)
+  await guest.device.loadState(Buffer.from('{"connections":[]}'))
+  expect(await given).toHaveLength(0)
+  expect(guest.device.errors['malformed']).toBe(1)
+  await expectAlive(guest)
+})
+
 test('header fields are where the specification has them', () => {
   const fields = { srcCid: 1n, dstCid: 2n, srcPort: 3, dstPort: 4, length: 5, type: 6, op: 7, flags: 8, bufAlloc: 9 }
   expect(build({ ...fields, fwdCnt: 10 }).toString('hex')).toBe(
