@@ -118,7 +118,7 @@ describe.each([
     const head = ring.prepare(0, device.NEVER)
     ring.offer(head, ring.prepare(1, device.NOW))
     await ring.used(1)
-    await ring.send({ complete: head })
+    await ring.send({ completeClosed: head })
     expect(await ring.stop(true)).toBe(2)
     const { values } = ring.counters
     const before = [...values]
