@@ -49,8 +49,8 @@ export class Daemon extends EventEmitter<DaemonEvents> {
       pollMaxUs: config.pollMaxUs,
       emulate: this.#emulate,
     })
-    this.#pool.on('ringBroken', ({ session, index, code, message }) =>
-      this.#serverOf(session)?.ringBroke(index, code, message)
+    this.#pool.on('ringBroken', ({ session, index, code, message, request }) =>
+      this.#serverOf(session)?.ringBroke(index, code, message, request)
     )
     this.#pool.on('deviceFailed', ({ session, index, error, chain }) =>
       this.#serverOf(session)?.deviceFailed(index, error, chain)

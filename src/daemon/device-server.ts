@@ -5,11 +5,13 @@
 import { setImmediate } from 'node:timers/promises'
 import type { EventEmitter } from 'eventemitter3'
 import { type Device, type DeviceDefinition, DeviceError } from '../device/index.ts'
+import type { RefusedRequest } from '../engine/pool.ts'
 import type { DeviceSnapshot } from '../ops/snapshot.ts'
 import { Connection } from '../vhost-user/connection.ts'
 import { ProtocolError } from '../vhost-user/errors.ts'
 import { closeFds } from '../vhost-user/fd-channel.ts'
 import { Listener } from '../vhost-user/listener.ts'
+import { StillInFlight } from '../vhost-user/rehosting.ts'
 import { Session } from '../vhost-user/session.ts'
 import type { DeviceConfig, SocketAddress } from './config.ts'
 import { DeviceHandover } from './device-handover.ts'
@@ -19,7 +21,7 @@ import type { HandedDevice } from './handover-messages.ts'
 import { LineLimit } from './line-limit.ts'
 import type { Logger } from './log.ts'
 import { ModuleDevice } from './module-device.ts'
-import { failureText } from './module-failure.ts'
+import { errorText, placeIn, placeOf, requestText } from './module-failure.ts'
 import { ModuleWatch } from './module-watch.ts'
 import { Rings, type RingThreads } from './rings.ts'
 import { within } from './within.ts'
@@ -134,7 +136,7 @@ export class DeviceServer {
    * Calls `swap` while no ring is started, so that it can put another device or other threads in place
    * ({@link Rings.replace}). The front-end stays connected and is served on after that; those that come meanwhile wait.
    * @param limitMs how long what is in flight may take
-   * @throws an Error when it takes longer: `swap` was not called, and all goes on as before; what `swap` throws
+   * @throws StillInFlight when it takes longer: `swap` was not called, and all goes on as before; what `swap` throws
    */
   async exchange(swap: () => Promise<void>, limitMs: number): Promise<void> {
     while (this.#handover !== undefined || this.#exchanging !== undefined)
@@ -156,7 +158,8 @@ export class DeviceServer {
       // A front-end that was accepted just now becomes the session.
       await setImmediate()
       if (await this.#session?.rehost(swap, limitMs)) return
-      await within(this.#sessionEnd, limitMs, `the last session has not ended after ${limitMs} ms`)
+      const late = new StillInFlight(`the last session has not ended after ${limitMs} ms`)
+      await within(this.#sessionEnd, limitMs, late)
       if (this.#closing) throw new Error('the daemon is stopping')
       await swap()
     } finally {
@@ -276,11 +279,17 @@ export class DeviceServer {
     )
   }
 
-  /** An event of an iothread about this device's present session. */
-  ringBroke(index: number, code: string, message: string): void {
+  /**
+   * An event of an iothread about this device's present session.
+   * @param request what was wrong with one: in which chain, and the stack of who says so, which may well be at fault
+   */
+  ringBroke(index: number, code: string, message: string, request?: RefusedRequest): void {
     this.rings.queues[index]!.broken = true
     this.#session?.ringBroke(index)
-    this.#say('error', { queue: index, code }, `the driver broke its ring: ${message}`)
+    const place = placeIn(request?.stack)
+    const problem = request === undefined ? message : requestText(index, request.chain, message)
+    const text = place === undefined ? problem : `${place}: ${problem}`
+    this.#say('error', { queue: index, code }, `the driver broke its ring: ${text}`)
     this.#events.emit('ringBroken', this.name, index, code)
   }
 
@@ -297,13 +306,12 @@ export class DeviceServer {
 
   /** A handler failed. @param chain the head of what it was at work on, if that is known */
   deviceFailed(index: number, error: unknown, chain: number | undefined): void {
-    const what = chain === undefined ? `queue ${index}` : `chain ${chain} of queue ${index}`
     if (this.module !== undefined && (error as { code?: unknown }).code === 'ERR_DEVICE_STUCK') {
       // What never ends goes on in its thread, and may touch what the next driver is told.
       return void this.module.instance.kill(error)
     }
-    const said = error instanceof Error && error.message.startsWith(what)
-    this.#failed(failureText(error, said ? '' : what, this.#shown), { queue: index, chain, err: error })
+    const text = `${placeOf(error) ?? this.#shown}: ${requestText(index, chain, errorText(error))}`
+    this.#failed(text, { queue: index, chain, err: error })
   }
 
   #failed(text: string, details: object): void {

@@ -71,6 +71,9 @@ export class ModuleDevice implements Device, RingThreads {
   #ready: Promise<void> = Promise.resolve()
   /** While `whileReplaced` runs. */
   #replacing: { death: { readonly instance: ModuleInstance; readonly error: unknown } | undefined } | undefined
+  /** While it is to start again: ends the pause before that. */
+  #pause: AbortController | undefined
+  #stale = false
   #bornAt = 0
   #pauseMs = FIRST_PAUSE_MS
   #assigned = 0
@@ -78,6 +81,7 @@ export class ModuleDevice implements Device, RingThreads {
   #sampling: Promise<void> | undefined
   /** For how long its threads have not answered so far. */
   #blockedMs = 0
+  #blockingMs = 0
   #stopTimer: NodeJS.Timeout | undefined
 
   private constructor(host: DeviceHost, options: ModuleDeviceOptions) {
@@ -121,7 +125,28 @@ export class ModuleDevice implements Device, RingThreads {
     return this.#blockedMs / 1000
   }
 
+  /** For how long one of its threads has not answered now, in milliseconds; 0 = all do, within a second. */
+  get blockingMs(): number {
+    return this.#blockingMs
+  }
+
   // ---- another version of the module
+
+  /** Its files have changed. One that is to start again does so at once. */
+  changed(): void {
+    this.#stale = true
+    this.#pause?.abort()
+  }
+
+  /** `changed` was called since its files were last loaded. */
+  get stale(): boolean {
+    return this.#stale
+  }
+
+  /** Its thread has died, and another one does not yet serve. */
+  get restarting(): boolean {
+    return this.#pause !== undefined
+  }
 
   get source(): ModuleSource {
     return this.#options.source
@@ -138,6 +163,7 @@ export class ModuleDevice implements Device, RingThreads {
   load(imported: (urls: readonly string[]) => void = () => {}): Promise<ModuleInstance> {
     const { source, pool, iothreads, iothreadCpus } = this.#options
     const { given, address } = source
+    this.#stale = false
     const cpus = iothreadCpus && [...new Set(iothreadCpus.flat())]
     return ModuleInstance.load({
       address,
@@ -165,6 +191,7 @@ export class ModuleDevice implements Device, RingThreads {
   adopt(instance: ModuleInstance): void {
     this.#instance = instance
     this.#bornAt = performance.now()
+    this.#blockingMs = 0
     const { network, qemu } = instance
     if (network) {
       this.network = {
@@ -360,8 +387,9 @@ export class ModuleDevice implements Device, RingThreads {
       return
     }
     this.#files.forgetKept()
-    this.#user?.failed(failureText(error, '', this.#shown), error)
+    this.#user?.failed(failureText(error, instance.uncaught, this.#shown), error)
     if (performance.now() - this.#bornAt > LONG_LIFE_MS) this.#pauseMs = FIRST_PAUSE_MS
+    this.#pause = new AbortController()
     this.#ready = this.#restart(instance)
   }
 
@@ -370,9 +398,7 @@ export class ModuleDevice implements Device, RingThreads {
     await dead.terminate()
     this.#files.closeInherited()
     while (!signal.aborted) {
-      const pauseMs = this.#pauseMs
-      this.#pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS)
-      await sleep(pauseMs, undefined, { signal }).catch(() => {})
+      await this.#pauseBefore(signal)
       if (signal.aborted) return
       try {
         const instance = await this.#begin([])
@@ -383,6 +409,7 @@ export class ModuleDevice implements Device, RingThreads {
         }
         this.adopt(instance)
         await this.#user?.restarted()
+        this.#pause = undefined
         this.#host.log.info({}, `${this.#shown} was started again`)
         return
       } catch (error) {
@@ -392,8 +419,21 @@ export class ModuleDevice implements Device, RingThreads {
     }
   }
 
+  /** The pause before it starts again, which a change of its files ends: that may be the correction. */
+  async #pauseBefore(closing: AbortSignal): Promise<void> {
+    if (!this.#stale) {
+      const pauseMs = this.#pauseMs
+      this.#pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS)
+      const signal = AbortSignal.any([closing, this.#pause!.signal])
+      await sleep(pauseMs, undefined, { signal }).catch(() => {})
+    }
+    if (this.#stale) this.#pauseMs = FIRST_PAUSE_MS
+    this.#pause = new AbortController()
+  }
+
   #blocked(instance: ModuleInstance, { ms, newMs, notable, queue, chain }: Blocked): void {
     this.#blockedMs += newMs
+    if (instance === this.#instance) this.#blockingMs = ms
     const { timeoutMs } = instance
     const work = chain >= 0 ? `chain ${chain} of queue ${queue}` : queue >= 0 ? `queue ${queue}` : ''
     const text = `${work === '' ? '' : `${work}: `}it has blocked its thread for ${Math.round(ms / 1000)} s`
@@ -403,6 +443,7 @@ export class ModuleDevice implements Device, RingThreads {
 
   #unblocked(ms: number, newMs: number): void {
     this.#blockedMs += newMs
+    this.#blockingMs = 0
     this.#host.log.warn({ ms }, `${this.#shown}: its thread goes on, after ${ms} ms`)
   }
 

@@ -49,6 +49,7 @@ export class ModuleGuest implements IothreadGuest {
   constructor(thread: Iothread, loaded: LoadedModule | FailedModule) {
     this.#loaded = loaded
     this.#say = (report) => thread.say(report)
+    process.on('uncaughtExceptionMonitor', (_, origin) => this.#say({ kind: 'uncaught', origin }))
   }
 
   call(request: unknown): unknown {

@@ -46,7 +46,7 @@ export interface InstanceEvents {
 }
 
 /** What a device says itself. */
-export type DeviceReport = Exclude<ModuleReport, { kind: 'imported' }>
+export type DeviceReport = Exclude<ModuleReport, { kind: 'imported' | 'uncaught' }>
 
 export type Shape = ModuleShape & OpenShape
 
@@ -60,6 +60,8 @@ export class ModuleInstance {
   #mirror: Mirror | undefined
   /** What killed it. */
   #death: { readonly error: unknown } | undefined
+  /** What killed it was not caught, in words. */
+  #uncaught = ''
   #ending = false
   #terminated = false
 
@@ -140,6 +142,11 @@ export class ModuleInstance {
     this.#mirror = mirror
   }
 
+  /** How what killed it came about, when nobody caught it: `unhandled rejection`; else empty. */
+  get uncaught(): string {
+    return this.#uncaught
+  }
+
   /** It died, or is being ended. */
   get ended(): boolean {
     return this.#death !== undefined || this.#ending
@@ -193,6 +200,7 @@ export class ModuleInstance {
 
   /** Ends it as if it had died of this. */
   async kill(error: unknown): Promise<void> {
+    this.#uncaught = ''
     this.#died(error)
     await this.terminate()
   }
@@ -253,6 +261,10 @@ export class ModuleInstance {
   }
 
   #hear(report: ModuleReport): void {
+    if (report.kind === 'uncaught') {
+      this.#uncaught = report.origin === 'unhandledRejection' ? 'unhandled rejection' : 'uncaught exception'
+      return
+    }
     if (report.kind !== 'imported') return this.#options.events.report(this, report)
     this.#files = report.files
     this.#options.imported?.(report.files)

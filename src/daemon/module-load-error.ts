@@ -3,6 +3,10 @@
  * error in many ways, and of a syntax error in JavaScript not at all.
  */
 import { spawnSync } from 'node:child_process'
+import { readFileSync } from 'node:fs'
+import { findPackageJSON } from 'node:module'
+import { extname } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { ConfigError, DeviceError } from '../device/errors.ts'
 import { errorText, pathOf, placeOf, shownPath } from './module-failure.ts'
 import type { ImportedFiles } from './module-hooks.ts'
@@ -12,11 +16,15 @@ import type { ModuleAddress } from './module-load.ts'
 const CHECK_LIMIT_MS = 10_000
 
 interface Place {
+  readonly file: string
   /** `device.ts:3:9` */
   readonly place: string
   /** The line itself. */
   readonly text: string
 }
+
+/** What Node says of `import`, `export`, `import.meta` and `await` in CommonJS, but also of mistakes in ES modules. */
+const ESM_IN_COMMONJS = / outside a module$|^Unexpected token 'export'$|^await is only valid in /
 
 export function loadError(
   error: unknown,
@@ -48,6 +56,12 @@ export function loadError(
     const found = placeInStack(error.stack ?? '') ?? checkedPlace(files)
     const line = found === undefined || found.text === '' ? '' : ` The line is: ${found.text}`
     const where = found?.place ?? shown
+    if (found !== undefined && ESM_IN_COMMONJS.test(message) && isCommonJs(found.file))
+      return failed(
+        where,
+        'it is written as an ES module (import, export), and Node takes it for CommonJS',
+        `${toEsm(found.file)}${line}`
+      )
     if (code !== 'ERR_UNSUPPORTED_TYPESCRIPT_SYNTAX')
       return failed(where, `SyntaxError: ${message}`, `Correct it.${line}`)
     const fix = `Node removes types and compiles nothing: write it without.${line}`
@@ -73,7 +87,8 @@ function placeInStack(stack: string): Place | undefined {
   const carets = lines.findIndex((line, index) => index >= 2 && /^\s*\^+\s*$/.test(line))
   const column = carets < 0 ? '' : `:${lines[carets]!.indexOf('^') + 1}`
   const text = (carets < 0 ? lines[1] : lines[carets - 1]) ?? ''
-  return { place: `${shownPath(pathOf(head[1]!))}:${head[2]}${column}`, text: text.trim() }
+  const file = pathOf(head[1]!)
+  return { file, place: `${shownPath(file)}:${head[2]}${column}`, text: text.trim() }
 }
 
 /** For JavaScript: asks a Node of its own for each file, the latest first. */
@@ -86,4 +101,19 @@ function checkedPlace(files: ImportedFiles): Place | undefined {
     if (status !== 0) return placeInStack(stderr)
   }
   return undefined
+}
+
+/** It is CommonJS whatever is in it. Of others Node looks at the syntax. */
+function isCommonJs(file: string): boolean {
+  if (/\.c[jt]s$/.test(file)) return true
+  const found = /\.[jt]s$/.test(file) ? findPackageJSON(pathToFileURL(file)) : undefined
+  if (found === undefined) return false
+  return (JSON.parse(readFileSync(found, 'utf8')) as { type?: unknown }).type === 'commonjs'
+}
+
+function toEsm(file: string): string {
+  const extension = extname(file)
+  const ending = `the ending ${extension.endsWith('ts') ? '.mts' : '.mjs'}.`
+  if (extension.startsWith('.c')) return `Give it ${ending}`
+  return `Write "type": "module" into its package.json, or give it ${ending}`
 }

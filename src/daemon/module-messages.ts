@@ -64,6 +64,8 @@ export type Samples = readonly DeviceSample[]
 export type ModuleReport =
   /** Before `describe` is answered, also when the module can't be loaded: URLs of the files of its own that it consists of. */
   | { readonly kind: 'imported'; readonly files: readonly string[] }
+  /** Its code threw where nobody catches: the thread ends, unless the module listens for that itself. */
+  | { readonly kind: 'uncaught'; readonly origin: NodeJS.UncaughtExceptionOrigin }
   | { readonly kind: 'log'; readonly level: keyof DeviceLogger; readonly details: object; readonly message: string }
   | { readonly kind: 'send'; readonly index: number; readonly message: unknown }
   /** The config space changed by itself. */

@@ -1,8 +1,10 @@
 /**
- * Puts a new version of a device's module in the place of the one that serves, under running guests. Whatever is wrong with the
- * new one, the old one serves on. It must not know what a session is, nor why it is time to reload.
+ * Puts a new version of a device's module in the place of the one that serves, under running guests. Whatever is wrong
+ * with the new one, the old one serves on; an old one that is stuck is ended. It must not know what a session is, nor why
+ * it is time to reload.
  */
 import { DeviceError } from '../device/errors.ts'
+import { StillInFlight } from '../vhost-user/rehosting.ts'
 import type { Logger } from './log.ts'
 import type { ModuleDevice } from './module-device.ts'
 import type { ModuleInstance } from './module-instance.ts'
@@ -21,10 +23,22 @@ export interface ReloadServer {
 /** How long guests wait for what is in flight, and then for each step of the exchange. In milliseconds. */
 export const RELOAD_LIMIT_MS = 5000
 
+/** With how little of that one that blocks its thread already has to do: it may be about to answer. In milliseconds. */
+const LAST_LIMIT_MS = 500
+
+/** The old version neither serves nor stops: it was ended, and the module starts again as after a crash. */
+export class StuckVersion extends DeviceError {
+  constructor(problem: string) {
+    const message = `${problem}, and its files have changed: it is ended without its state, and starts again`
+    super('ERR_DEVICE_STUCK', message)
+  }
+}
+
 /**
  * Resolves to how long guests had to wait, in milliseconds.
  * @param imported told of the files of the new version, also when it can't be loaded
- * @throws an Error that says what is wrong: the old version serves on, or is started again when that is not possible
+ * @throws an Error that says what is wrong: the old version serves on, or is started again when that is not possible;
+ * StuckVersion, which was told to who serves the device
  */
 export async function reloadModule(
   device: ModuleDevice,
@@ -32,8 +46,6 @@ export async function reloadModule(
   log: Logger,
   imported: (urls: readonly string[]) => void
 ): Promise<number> {
-  // One that died loads its files anew by itself.
-  await device.ready
   const next = await device.load(imported)
   try {
     const { shape } = device.instance
@@ -56,11 +68,12 @@ async function exchange(
   let old = device.instance
   let failure: { readonly error: unknown } | undefined
   try {
+    const limitMs = Math.max(LAST_LIMIT_MS, RELOAD_LIMIT_MS - device.blockingMs)
     await server.exchange(async () => {
       old = device.instance
       failure = await device.whileReplaced(() => swap(device, old, next, log))
       server.replaced(device)
-    }, RELOAD_LIMIT_MS)
+    }, limitMs)
   } catch (error) {
     failure = { error }
   }
@@ -69,8 +82,18 @@ async function exchange(
   const { instance } = device
   // Whichever of the two it is not any more.
   await Promise.all([old, next].filter((one) => one !== instance).map((one) => one.terminate()))
-  if (failure !== undefined) throw failure.error
-  return pauseMs
+  if (failure === undefined) return pauseMs
+  if (!(failure.error instanceof StillInFlight) || instance !== old) throw failure.error
+  const stuck = stuckVersion(device, failure.error.message)
+  await instance.kill(stuck)
+  // It need not wait for another change.
+  device.changed()
+  throw stuck
+}
+
+function stuckVersion({ blockingMs }: ModuleDevice, problem: string): StuckVersion {
+  if (blockingMs === 0) return new StuckVersion(problem)
+  return new StuckVersion(`it has blocked its thread for ${Math.round(blockingMs / 1000)} s`)
 }
 
 /**
@@ -83,7 +106,7 @@ async function swap(
   next: ModuleInstance,
   log: Logger
 ): Promise<{ readonly error: unknown } | undefined> {
-  const state = await stateOf(old)
+  const state = await stateOf(device, old)
   try {
     await shut(old)
   } catch (error) {
@@ -110,11 +133,20 @@ async function swap(
   }
 }
 
-/** @throws an Error that says what helps: no change of the file does */
-async function stateOf(old: ModuleInstance): Promise<Uint8Array> {
+/** @throws an Error that says what helps, if no change of the file does */
+async function stateOf(device: ModuleDevice, old: ModuleInstance): Promise<Uint8Array> {
+  const late = new StillInFlight(`saveState() has not returned after ${RELOAD_LIMIT_MS / 1000} s`)
   try {
-    return (await limited(old.call({ kind: 'saveState' }), 'saveState()')) as Uint8Array
+    return (await within(old.call({ kind: 'saveState' }), RELOAD_LIMIT_MS, late)) as Uint8Array
   } catch (cause) {
+    if (cause === late) {
+      const stuck = stuckVersion(device, late.message)
+      // The rings can't go on there.
+      await device.startOver(stuck)
+      device.changed()
+      throw stuck
+    }
+    if (old.ended) throw cause
     const message = `${(cause as Error).message}. As long as the version that serves cannot save its state, only a restart loads another`
     throw new DeviceError('ERR_DEVICE_FAILED', message, { cause })
   }

@@ -3,16 +3,15 @@ import { FileWatch } from './file-watch.ts'
 import type { Logger } from './log.ts'
 import type { ModuleDevice } from './module-device.ts'
 import { pathOf } from './module-failure.ts'
-import { type ReloadServer, reloadModule } from './module-reload.ts'
+import { type ReloadServer, reloadModule, StuckVersion } from './module-reload.ts'
 
 export class ModuleWatch implements Disposable {
-  /** Reloads so far. */
+  /** Reloads so far; with those of a module that had to start again. */
   readonly counts = { ok: 0, failed: 0 }
   readonly #device: ModuleDevice
   readonly #server: ReloadServer
   readonly #log: Logger
   readonly #files: FileWatch
-  #due = false
   #running = false
   #closed = false
 
@@ -34,26 +33,22 @@ export class ModuleWatch implements Disposable {
   }
 
   async #changed(): Promise<void> {
-    this.#due = true
+    this.#device.changed()
+    // What it imports by now, nobody knows before it serves.
+    if (this.#device.restarting) this.#files.watchAll()
     if (this.#running) return
     this.#running = true
-    while (this.#due && !this.#closed) {
-      this.#due = false
-      await this.#reload()
-    }
+    while (this.#device.stale && !this.#closed) await this.#reload()
     this.#running = false
   }
 
   async #reload(): Promise<void> {
     this.#log.debug({}, 'the module changed')
-    const { files } = this.#device.instance
     try {
-      const pauseMs = await reloadModule(this.#device, this.#server, this.#log, (now) =>
-        this.#watch([...files, ...now])
-      )
+      await this.#served()
+      if (this.#closed) return
       this.#watch(this.#device.instance.files)
       this.counts.ok++
-      this.#log.info({ pauseMs: Math.round(pauseMs * 10) / 10 }, 'the module was reloaded')
     } catch (error) {
       if (this.#closed) return
       // Perhaps a file is missing: nobody knows where it will turn up.
@@ -61,6 +56,23 @@ export class ModuleWatch implements Disposable {
       this.counts.failed++
       const before = this.#device.instance.ended ? 'the one before has to start again' : 'the one before serves on'
       this.#log.error({ err: error }, `the module was not reloaded, ${before}: ${(error as Error).message}`)
+    }
+  }
+
+  /** Resolves when the new version serves. @throws what is wrong with it */
+  async #served(): Promise<void> {
+    const device = this.#device
+    // One that died loads its files anew by itself, and tells of it.
+    await device.ready
+    if (!device.stale || this.#closed) return
+    const { files } = device.instance
+    try {
+      const pauseMs = await reloadModule(device, this.#server, this.#log, (now) => this.#watch([...files, ...now]))
+      this.#log.info({ pauseMs: Math.round(pauseMs * 10) / 10 }, 'the module was reloaded')
+    } catch (error) {
+      if (!(error instanceof StuckVersion)) throw error
+      this.#files.watchAll()
+      await device.ready
     }
   }
 

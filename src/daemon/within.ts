@@ -2,12 +2,13 @@
 
 /**
  * Resolves as `work` does. What it still does later is nobody's business any more.
- * @throws what it throws, or an Error with the message `late` after `ms`
+ * @param late an error, or the message of one
+ * @throws what it throws, or `late` after `ms`
  */
-export async function within<T>(work: Promise<T>, ms: number, late: string): Promise<T> {
+export async function within<T>(work: Promise<T>, ms: number, late: string | Error): Promise<T> {
   let timer: NodeJS.Timeout | undefined
   const timeout = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(late)), ms)
+    timer = setTimeout(() => reject(typeof late === 'string' ? new Error(late) : late), ms)
   })
   work.catch(() => {})
   try {

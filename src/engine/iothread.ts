@@ -11,7 +11,7 @@ import { AtWork } from './at-work.ts'
 import { IothreadCounters } from './counters.ts'
 import { EventLoopWait } from './event-loop-wait.ts'
 import { serveFromKernel } from './kernel-wait.ts'
-import type { Envelope, IothreadOptions, LogArea, Report, Request, StartQueue } from './messages.ts'
+import type { Envelope, IothreadOptions, LogArea, RefusedRequest, Report, Request, StartQueue } from './messages.ts'
 import { AdaptivePoll } from './poll.ts'
 import { portable } from './portable.ts'
 import { Queue, type QueueOwner } from './queue.ts'
@@ -148,8 +148,9 @@ export class Iothread implements CompletionSink, QueueOwner, Rounds {
     this.#byId[low >>> 16]?.completion(low, high, result, flags)
   }
 
-  ringBroke(queue: Queue, { code, message }: RingError): void {
-    this.#report({ kind: 'ringBroken', session: queue.session, index: queue.queueIndex, code, message })
+  ringBroke(queue: Queue, { code, message }: RingError, request?: RefusedRequest): void {
+    const { session, queueIndex: index } = queue
+    this.#report({ kind: 'ringBroken', session, index, code, message, ...(request && { request }) })
   }
 
   ringMissed(queue: Queue): void {

@@ -127,6 +127,14 @@ export interface Envelope {
   readonly request: Request
 }
 
+/** A request that a handler refused, which broke its ring. */
+export interface RefusedRequest {
+  /** The head of its chain, if that is known. */
+  readonly chain: number | undefined
+  /** Of the error. */
+  readonly stack: string | undefined
+}
+
 export type Report =
   /** The iothread runs; `emulated` says on what, `reason` why. */
   | { readonly kind: 'ready'; readonly emulated: boolean; readonly reason?: string }
@@ -140,6 +148,8 @@ export type Report =
       readonly index: number
       readonly code: RingErrorCode
       readonly message: string
+      /** For ERR_RING_REQUEST. */
+      readonly request?: RefusedRequest
     }
   /** For the device's control half, from the handler of a queue. */
   | { readonly kind: 'reported'; readonly session: number; readonly index: number; readonly message: unknown }

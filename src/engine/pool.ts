@@ -5,6 +5,7 @@ import type { Report, Request } from './messages.ts'
 import { type OwnThreadEvents, ThreadWatch } from './thread-watch.ts'
 
 export type { IothreadHandle } from './iothread-handle.ts'
+export type { RefusedRequest } from './messages.ts'
 export { moduleUrl } from './module-url.ts'
 export type { Blocked, OwnThreadEvents } from './thread-watch.ts'
 

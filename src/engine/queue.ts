@@ -11,7 +11,7 @@ import { ABANDONED, BROKEN, CALLS_SUPPRESSED, CHAINS, COMPLETED, QueueCounters }
 import { createVring } from './create-vring.ts'
 import { InFlightChains } from './in-flight-chains.ts'
 import { Io } from './io.ts'
-import type { StartQueue } from './messages.ts'
+import type { RefusedRequest, StartQueue } from './messages.ts'
 import { MissReport } from './misses.ts'
 import { Overdue } from './overdue.ts'
 import { type CallMessenger, QueueNotifications } from './queue-notifications.ts'
@@ -43,7 +43,8 @@ export interface QueueOwner extends CallMessenger {
   readonly atWork: AtWork | undefined
   /** A handler did something outside of a round, which needs one. */
   stir(): void
-  ringBroke(queue: Queue, error: RingError): void
+  /** @param request with ERR_RING_REQUEST */
+  ringBroke(queue: Queue, error: RingError, request?: RefusedRequest): void
   /** Its ring has a miss to tell the front-end of. */
   ringMissed(queue: Queue): void
   /** @param chain what its handler was at work on, if that is known */
@@ -543,9 +544,9 @@ export class Queue implements QueueContext {
     this.#settle()
     if (!(error instanceof ChainError)) this.#owner.deviceFailed(this, error, chain)
     else if (!wasBroken) {
-      const where = chain === undefined ? `queue ${this.queueIndex}` : `chain ${chain.head} of queue ${this.queueIndex}`
       this.#counters.add(BROKEN, 1)
-      this.#owner.ringBroke(this, new RingError('ERR_RING_REQUEST', `${where}: ${error.message}`))
+      const { message, stack } = error
+      this.#owner.ringBroke(this, new RingError('ERR_RING_REQUEST', message), { chain: chain?.head, stack })
     }
   }
 

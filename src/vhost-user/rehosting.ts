@@ -9,6 +9,9 @@ import type { Suspension } from './suspension.ts'
 /** What it needs of the session. */
 type Rehosted = Pick<Session, 'connection' | 'host' | 'negotiated' | 'exchange' | 'log' | 'rings' | 'channel'>
 
+/** What is in flight takes too long. */
+export class StillInFlight extends Error {}
+
 export class Rehosting {
   /** The others are in place. */
   moved = false
@@ -22,12 +25,13 @@ export class Rehosting {
 
   /**
    * Stops the session between two messages, drains and stops its rings, and calls `swap`; `end` comes next, also when it throws.
-   * @throws an Error when what is in flight takes longer than `limitMs`, or what `swap` throws
+   * @throws StillInFlight when that takes longer than `limitMs`, or what `swap` throws
    */
   async run(swap: () => Promise<void>, limitMs: number): Promise<void> {
     const late = Promise.withResolvers<never>()
     late.promise.catch(() => {})
-    const timer = setTimeout(() => late.reject(new Error(`requests are still in flight after ${limitMs} ms`)), limitMs)
+    const error = new StillInFlight(`requests are still in flight after ${limitMs} ms`)
+    const timer = setTimeout(() => late.reject(error), limitMs)
     const { connection, channel, host, rings } = this.#session
     const moving = this.#suspension.run(connection, async () => {
       channel.hold()

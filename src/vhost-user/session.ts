@@ -193,8 +193,8 @@ export class Session {
    * told what the front-end has said so far, and the rings go on; when they can't, `run` throws why. Resolves to false
    * when the session ends before that: `swap` was not called, and `run` is still to return.
    * @param limitMs how long what is in flight may take
-   * @throws an Error when it takes longer, or while the state of the device is being transferred: all goes on as before,
-   * and `swap` was not called; what `swap` throws, which has left the old ones in place then
+   * @throws StillInFlight when it takes longer, or an Error while the state of the device is being transferred: all goes
+   * on as before, and `swap` was not called; what `swap` throws, which has left the old ones in place then
    */
   async rehost(swap: () => Promise<void>, limitMs: number): Promise<boolean> {
     if (this.transfer.running) throw new Error('the state of the device is being transferred')

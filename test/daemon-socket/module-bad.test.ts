@@ -98,11 +98,19 @@ describe('a handler', () => {
     [
       'writes more than the chain holds',
       'overrun',
-      () =>
-        `${ends}${line('overrun')}: chain 0 of queue 0: chain 0 has 1 device-writable bytes, the handler writes 2 at 0`,
+      () => `${ends}${line('overrun')}: chain 0 of queue 0 has 1 device-writable bytes, the handler writes 2 at 0`,
     ],
     ['ends the thread', 'exit', () => `${ends}${faulty}: the module ended its thread: process.exit(3)`],
-    ['rejects a promise that nobody has', 'rejection', () => `${ends}${line('rejection')}: fault: rejection`],
+    [
+      'rejects a promise that nobody has',
+      'rejection',
+      () => `${ends}${line('rejection')}: unhandled rejection: fault: rejection`,
+    ],
+    [
+      'throws in a timer',
+      'uncaught',
+      () => `${ends}${line('uncaught')}: uncaught exception: TypeError: fault: uncaught: connect ECONNREFUSED`,
+    ],
   ])('%s', (_, fault, message) => {
     using opened = open(daemon.path('faulty.sock'))
     arm(opened, fault)
@@ -117,7 +125,7 @@ describe('a handler', () => {
     opened.blk.timeoutMs = 500
     expect(String(trigger(opened))).toMatch(/not completed/)
     expect(opened.session.connection.getFeatures()).toBeGreaterThan(0n)
-    const what = 'chain 0 of queue 0: chain 0 has 528 device-readable bytes, the handler reads 529 at 0'
+    const what = `${line('overread')}: chain 0 of queue 0 has 528 device-readable bytes, the handler reads 529 at 0`
     opened.session.close()
     mustGoOn('faulty', `the driver broke its ring: ${what}`)
   })
@@ -143,7 +151,7 @@ describe('a handler', () => {
     expect((await scrape(metrics)).some((text) => text.startsWith('virtiod_faulty_writes_total'))).toBe(true)
     opened.blk.wait()
     expect(request.status).toBe(0)
-    const goesOn = (): boolean => said('faulty', 'warn').some((msg) => msg.includes('its thread goes on, after 1'))
+    const goesOn = (): boolean => said('faulty', 'warn').some((msg) => msg.includes('its thread goes on, after '))
     expect(eventually(goesOn)).toBe(true)
     const blocked = (await scrape(metrics)).find((text) =>
       text.startsWith('virtiod_device_blocked_seconds_total{device="faulty"}')

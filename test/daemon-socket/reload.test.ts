@@ -110,25 +110,48 @@ function read(blk: BlkDriver, sector: number, length: number): Uint8Array {
   return request.data
 }
 
-/** An old version that does not complete what it has; the reload's patience with it passes while the other tests run. */
-let stuck: Watched
-let stuckOpened: Opened
+/** Old versions that are stuck with a driver; the reload's patience with them passes while the other tests run. */
+const TROUBLES: readonly [what: string, before: string, after: string, problem: string][] = [
+  [
+    'does not complete what it has',
+    'await handleBlk',
+    'if (chain.reader.length > 8192) await new Promise(() => {})\n      await handleBlk',
+    'requests are still in flight after 5000 ms',
+  ],
+  [
+    'blocks its thread',
+    'await handleBlk',
+    'if (chain.reader.length > 8192) for (;;);\n      await handleBlk',
+    'it has blocked its thread for 5 s',
+  ],
+  [
+    'does not save its state',
+    'saveState: () => ({',
+    'saveState: () => new Promise(() => {}) ?? ({',
+    'saveState() has not returned after 5 s',
+  ],
+]
+const stuck = new Map<string, { daemon: Watched; opened: Opened }>()
 beforeAll(() => {
-  stuck = new Watched()
-  const text = original(MODULE)
-    .replace('apiVersion: 1,', 'apiVersion: 1,\n  timeoutMs: 0,')
-    .replace('await handleBlk', 'if (chain.reader.length > 8192) await new Promise(() => {})\n      await handleBlk')
-  stuck.write(MODULE, text)
-  expect(stuck.outcome()).toBe(OK)
-  stuckOpened = open(stuck.socket, { queues: 2 })
-  const [blk] = stuckOpened.drivers
-  blk!.submit(VIRTIO_BLK_T_OUT, 0, pattern(8192), 0, {}, false)
-  blk!.publish()
-  stuck.nextVersion()
+  for (const [what, before, after] of TROUBLES) {
+    const daemon = new Watched()
+    const text = original(MODULE).replace('apiVersion: 1,', 'apiVersion: 1,\n  timeoutMs: 0,').replace(before, after)
+    daemon.write(MODULE, text)
+    expect(daemon.outcome()).toBe(OK)
+    const opened = open(daemon.socket)
+    stuck.set(what, { daemon, opened })
+    mustServe(opened.blk)
+    opened.blk.submit(VIRTIO_BLK_T_OUT, 0, pattern(8192), 0, {}, false)
+    opened.blk.publish()
+    if (what === 'does not save its state') opened.blk.wait()
+    daemon.write(MODULE, original(MODULE))
+  }
 })
 afterAll(() => {
-  stuckOpened.session.close(true)
-  stuck[Symbol.dispose]()
+  for (const { daemon, opened } of stuck.values()) {
+    opened.session.close(true)
+    daemon[Symbol.dispose]()
+  }
 })
 
 describe('with a driver', () => {
@@ -288,6 +311,13 @@ describe('with a driver', () => {
       const { threads } = daemon
       daemon.edit(before, after)
       const outcome = daemon.outcome()
+      // What is the operator's affair says all there is to say.
+      const { err, msg } = daemon.lines.findLast(({ level }) => level === 'error') as unknown as {
+        err: { type: string; message: string; stack?: string }
+        msg: string
+      }
+      expect(err.stack === undefined).toBe(err.type === 'ConfigError')
+      if (err.type === 'ConfigError') expect(msg.endsWith(`: ${err.message}`)).toBe(true)
       if (typeof message === 'string') expect(outcome).toBe(message)
       else expect(outcome).toMatch(message)
       // The old one goes on with what it had; only its own state has gone through a save and a load.
@@ -423,11 +453,46 @@ test('after a handover the new process watches the files', () => {
   expect(read(opened.blk, 64, 4096)).toEqual(data)
 })
 
-test('an old version that does not complete what it has goes on', () => {
-  expect(stuck.outcome()).toBe('requests are still in flight after 5000 ms')
-  const blk = stuckOpened.drivers[1]!
-  expect(serialOf(blk)).toBe('v1 r1')
-  mustServe(blk)
+test.each(TROUBLES)('an old version that %s is ended, and the new one starts', (what, _before, _after, problem) => {
+  const { daemon, opened } = stuck.get(what)!
+  const again = `${MODULE} was started again`
+  expect(eventually(() => daemon.has(again), 15_000)).toBe(true)
+  const lines = daemon.lines.filter(({ level, msg }) => level === 'error' || msg === again).map(({ msg }) => msg)
+  const ended = 'its files have changed: it is ended without its state, and starts again'
+  // Of a thread that blocks.
+  const told = lines.map((msg) => msg.replace(/thread for \d+ s/, 'thread for 5 s'))
+  expect(told).toEqual([`the device failed, its session ends: ${MODULE}: ${problem}, and ${ended}`, again])
+  expect(eventually(() => opened.session.connection.channel.hungUp())).toBe(true)
+  {
+    using next = open(daemon.socket)
+    expect(serialOf(next.blk)).toBe('v1 r0')
+    mustServe(next.blk)
+  }
+  // And it is watched as before.
+  daemon.nextVersion()
+  expect(daemon.outcome()).toBe(OK)
+  wellBehaved(daemon.socket)
+})
+
+test('a version that dies again and again: its correction is served, and watched', () => {
+  using daemon = new Watched()
+  const again = () => daemon.said(`${MODULE} was started again`).length
+  const first = 'const { file, size } = options'
+  daemon.edit(first, `${first}\n    setTimeout(() => process.exit(3), 400)`)
+  expect(daemon.outcome()).toBe(OK)
+  expect(eventually(() => again() >= 2, 15_000)).toBe(true)
+  // One that does not help, in a file that was not there.
+  daemon.edit(`import { VERSION } from './reload-version.ts'`, `import { VERSION } from './more.ts'`)
+  const refused = () => daemon.lines.some(({ msg }) => /^it was not started again: .*more\.ts/.test(msg))
+  expect(eventually(refused, 15_000)).toBe(true)
+  const before = again()
+  daemon.write('more.ts', 'export const VERSION = 2\n')
+  expect(eventually(() => again() > before, 15_000)).toBe(true)
+  using opened = open(daemon.socket)
+  expect(serialOf(opened.blk)).toMatch(/^v2 /)
+  mustServe(opened.blk)
+  daemon.write('more.ts', 'export const VERSION = 3\n')
+  expect(eventually(() => serialOf(opened.blk).startsWith('v3 '), 15_000)).toBe(true)
 })
 
 test('a new version that hangs while it is opened does not keep the daemon from stopping', () => {

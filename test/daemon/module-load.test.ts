@@ -239,6 +239,28 @@ describe('a module that cannot be loaded', () => {
     expect(await refusal(path)).toEqual([code, message.replaceAll('FILE', file)])
   })
 
+  test.each([
+    ['ts', 'commonjs', 'a.ts', 'Write "type": "module" into its package.json, or give it the ending .mts.'],
+    ['js', 'commonjs', 'a.js', 'Write "type": "module" into its package.json, or give it the ending .mjs.'],
+    ['cts', 'module', 'b.cts', 'Give it the ending .mts.'],
+  ])('ESM syntax in a file that Node takes for CommonJS: %s in a package of type %s', async (_, type, name, fix) => {
+    const packageDir = mkdtempSync(join(dir, 'package'))
+    const path = join(packageDir, name)
+    const shown = path.replace(dir, '$')
+    writeFileSync(join(packageDir, 'package.json'), JSON.stringify({ type }))
+    const problem = 'it is written as an ES module (import, export), and Node takes it for CommonJS'
+    for (const [text, place] of [
+      [`import { defineDevice } from 'virtiod/device'\nexport default defineDevice\n`, '1:1'],
+      ['const a = 1\nexport default a\n', '2:1'],
+      ['const a = await 1\nmodule.exports = a\n', '1:11'],
+    ] as const) {
+      writeFileSync(path, text)
+      const line = text.split('\n')[Number(place[0]) - 1]
+      const message = `${shown}:${place}: ${problem}. ${fix} The line is: ${line}`
+      expect(await refusal(path)).toEqual(['ERR_DEVICE_MODULE', message])
+    }
+  })
+
   test('a syntax error in a file that it imports', async () => {
     const helper = moduleFile('export const a = (\n', 'js')
     const file = helper.slice(dir.length + 1)

@@ -223,7 +223,8 @@ describe.each([
           session,
           index: 0,
           code: 'ERR_RING_REQUEST',
-          message: `chain ${head} of queue 0: ${message}`,
+          message,
+          request: { chain: head, stack: expect.stringContaining(message) },
         },
       ])
       // What was completed before is the driver's.
