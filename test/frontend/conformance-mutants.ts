@@ -75,7 +75,7 @@ export const MUTANTS: readonly Mutant[] = [
   {
     set: 'protocol',
     file: 'src/vhost-user/session.ts',
-    text: '!this.host.writeConfig(offset, bytes, migration)',
+    text: '!(await this.host.writeConfig(offset, bytes, migration))',
     instead: 'false',
     cases: { 'config-read-only-field': 'fail', 'config-writeback': 'fail' },
   },
