@@ -151,7 +151,7 @@ describe('a handler', () => {
     expect((await scrape(metrics)).some((text) => text.startsWith('virtiod_faulty_writes_total'))).toBe(true)
     opened.blk.wait()
     expect(request.status).toBe(0)
-    const goesOn = (): boolean => said('faulty', 'warn').some((msg) => msg.includes('its thread goes on, after '))
+    const goesOn = (): boolean => said('faulty', 'warn').some((msg) => /its thread goes on, after \d{4,} ms$/.test(msg))
     expect(eventually(goesOn)).toBe(true)
     const blocked = (await scrape(metrics)).find((text) =>
       text.startsWith('virtiod_device_blocked_seconds_total{device="faulty"}')
